@@ -1,0 +1,1 @@
+"""Reads traces and benchmark results; never loads a model."""

@@ -1,0 +1,177 @@
+"""Prompt lookup as a token tree: continuations of what the row has already said, by a variable-order n-gram model.
+
+Prompt lookup (Saxena, 2023) copies what followed one earlier occurrence of the last few tokens. Here every context of
+up to ``max_order`` tokens knows all its successors; a tree is grown best-first over their blended probabilities, so
+that several continuations share the budget, and drafted tokens extend the context, so that a repetition is continued
+past the end of the text. The index grows by a few dictionary entries for each emitted token; nothing is rescanned.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
+from specdec.noise import Noise
+from specdec.sampling import SamplingParams
+from specdec.tree import TokenTree
+
+Context = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class EscapeRates:
+    """How often the successors known to a context of each length held the token that came; learned as rows go."""
+
+    hits: list[float]
+    trials: list[float]
+
+    @classmethod
+    def prior(cls, max_order: int) -> EscapeRates:
+        """Worth a few observations: a context of n tokens is right more often the longer it is."""
+        rates = [0.0, *(1 - 0.75 * 0.6 ** (n - 1) for n in range(1, max_order + 1))]
+        return cls([8 * r for r in rates], [8.0] * (max_order + 1))
+
+    def rate(self, order: int) -> float:
+        return self.hits[order] / self.trials[order]
+
+    def learn(self, order: int, is_hit: bool) -> None:
+        self.trials[order] += 1
+        self.hits[order] += is_hit
+        if self.trials[order] > 400:  # what is long past counts less
+            self.trials[order] /= 2
+            self.hits[order] /= 2
+
+
+@dataclass(slots=True)
+class ContextIndex:
+    """Successors of every context of 1 to ``max_order`` tokens in one row, with their counts."""
+
+    max_order: int
+    tokens: list[int] = field(default_factory=list)
+    successors: list[dict[Context, dict[int, float]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.successors = [{} for _ in range(self.max_order + 1)]
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append ``tokens`` and count each as a successor of the contexts before it."""
+        for token in tokens:
+            for order in range(1, min(self.max_order, len(self.tokens)) + 1):
+                known = self.successors[order].setdefault(tuple(self.tokens[-order:]), {})
+                # The most recent successor counts most: earlier counts fade.
+                for other in known:
+                    known[other] *= 0.7
+                known[token] = known.get(token, 0.0) + 1.0
+            self.tokens.append(token)
+
+    def lookup(self, context: Context) -> Iterator[tuple[int, dict[int, float]]]:
+        """(order, successors) for the suffixes of ``context`` that have occurred before, longest first."""
+        for order in range(min(self.max_order, len(context)), 0, -1):
+            known = self.successors[order].get(context[-order:])
+            if known:
+                yield order, known
+
+
+@dataclass(slots=True)
+class NgramDrafter:
+    """Drafts from the row's own text; no model, no training.
+
+    Args:
+        max_order: the longest context that is looked up, in tokens.
+        min_prob: a node whose estimated probability of being accepted is lower is not worth its place.
+        min_gain: expected accepted tokens below which the step is not worth a larger pass at all.
+    """
+
+    max_order: int = 4
+    min_prob: float = 0.02
+    min_gain: float = 0.1
+    name: str = "ngram"
+    _indices: dict[Row, ContextIndex] = field(default_factory=dict)
+    _rates: EscapeRates = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.max_order < 1:
+            raise ValueError(f"max_order must be at least 1 token, got {self.max_order}")
+        self._rates = EscapeRates.prior(self.max_order)
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._indices[row] = index = ContextIndex(self.max_order)
+            index.extend(row.tokens)
+
+    def propose(
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+    ) -> list[TokenTree]:
+        return [self._grow(self._indices[row], limit) for row, limit in zip(rows, limits, strict=True)]
+
+    def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict], scores: Sequence[Scores]) -> None:
+        for row in rows:
+            index = self._indices[row]
+            for token in row.tokens[len(index.tokens) :]:
+                self._learn(index, token)
+                index.extend((token,))
+
+    def end(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._indices.pop(row, None)
+
+    def _learn(self, index: ContextIndex, token: int) -> None:
+        """Shorter contexts matter only where longer ones did not know the token: they are judged on those cases."""
+        for order, known in index.lookup(tuple(index.tokens[-self.max_order :])):
+            self._rates.learn(order, token in known)
+            if token in known:
+                return
+
+    def _successors(self, index: ContextIndex, context: Context) -> dict[int, float]:
+        """Estimated probability of each known next token; what one order does not know is left to the shorter one."""
+        probs: dict[int, float] = {}
+        left = 1.0
+        for order, known in index.lookup(context):
+            share = left * self._rates.rate(order)
+            total = sum(count for token, count in known.items() if token not in probs)
+            if total == 0:
+                continue
+            for token, count in known.items():
+                if token not in probs:
+                    probs[token] = share * count / total
+            left -= share
+            if left < self.min_prob:
+                break
+        return probs
+
+    def _grow(self, index: ContextIndex, limit: Limit) -> TokenTree:
+        """Best-first: always add the most probable candidate, then offer its own successors."""
+        tokens, parents = [index.tokens[-1]], [-1]
+        contexts = [tuple(index.tokens[-self.max_order :])]
+        depths, gain = [0], 0.0
+        taken: set[int] = set()
+        heap: list[tuple[float, int, int]] = []  # (-probability, parent, token)
+
+        def offer(node: int, prob: float) -> None:
+            if depths[node] < limit.depth:
+                for token, share in self._successors(index, contexts[node]).items():
+                    if prob * share >= self.min_prob:
+                        heapq.heappush(heap, (-prob * share, node, token))
+
+        offer(0, 1.0)
+        while heap and len(tokens) <= limit.nodes:
+            negative, parent, token = heapq.heappop(heap)
+            if limit.chain_only and parent in taken:
+                continue
+            taken.add(parent)
+            gain -= negative
+            tokens.append(token)
+            parents.append(parent)
+            contexts.append((*contexts[parent], token)[-self.max_order :])
+            depths.append(depths[parent] + 1)
+            offer(len(tokens) - 1, -negative)
+        if gain < self.min_gain:
+            return TokenTree.root(tokens[0])
+        return TokenTree(tuple(tokens), tuple(parents))
+
+
+def build(context: DraftContext) -> Drafter:
+    """Options: max_order, min_prob, min_gain."""
+    return NgramDrafter(**context.options)

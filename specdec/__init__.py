@@ -1,0 +1,45 @@
+"""specdec: exact, general and fast speculative decoding for any Hugging Face causal LM.
+
+Names are loaded when they are first used, so that the command line starts without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specdec.metrics import Stats
+    from specdec.models import load_model, load_tokenizer
+    from specdec.tree import Draw, TokenTree
+    from specdec.wrapper import SpeculativeOutput, custom_generate, generate
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "generate": "specdec.wrapper",
+    "custom_generate": "specdec.wrapper",
+    "SpeculativeOutput": "specdec.wrapper",
+    "Stats": "specdec.metrics",
+    "load_model": "specdec.models",
+    "load_tokenizer": "specdec.models",
+    "Draw": "specdec.tree",
+    "TokenTree": "specdec.tree",
+}
+
+__all__ = [
+    "Draw",
+    "SpeculativeOutput",
+    "Stats",
+    "TokenTree",
+    "custom_generate",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'specdec' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

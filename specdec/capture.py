@@ -1,0 +1,120 @@
+"""Hidden states and chosen layer features of a forward pass, through hooks that live for that pass only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.interfaces import Scores
+
+
+@dataclass(slots=True)
+class Captured:
+    """What the hooks saw in one pass; the last T columns of each."""
+
+    hidden: Tensor | None  # (B, T, H)
+    features: Tensor | None  # (B, T, F)
+
+    def scores(self, logits: Tensor, num_new: int, num_nodes: int, row: int) -> Scores:
+        """One row's share: its ``num_new`` new tokens, the last ``num_nodes`` of which are tree nodes."""
+        hidden = None if self.hidden is None else _last(self.hidden[row], num_new)
+        features = None if self.features is None else _last(self.features[row], num_new)
+        return Scores(_last(logits, num_nodes), hidden, features)
+
+
+@dataclass(slots=True)
+class Capture:
+    """Context manager around one forward of ``model``; does nothing if nothing is asked for.
+
+    ``hidden`` is the input of the output matrix (after the final norm); ``layers`` are indices into what transformers
+    calls ``hidden_states``: 0 is the embeddings, i the input of layer i.
+    """
+
+    model: Any
+    hidden: bool
+    layers: tuple[int, ...]
+    _seen: dict[int, Tensor] = field(default_factory=dict)
+    _handles: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        if any(not 0 <= i < num_layers for i in self.layers):
+            raise ValueError(f"feature layers must be in [0, {num_layers}) for this model, got {self.layers}")
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether the hidden states can only be seen where every column's logits are computed."""
+        return self.hidden and self.model.get_decoder() is self.model
+
+    @property
+    def is_active(self) -> bool:
+        return self.hidden or bool(self.layers)
+
+    def __enter__(self) -> Capture:
+        self._seen.clear()
+        if self.hidden:
+            if self.needs_all_logits:
+                head = self.model.get_output_embeddings()
+                self._handles.append(
+                    head.register_forward_pre_hook(lambda _, args: self._seen.__setitem__(-1, args[0]))
+                )
+            else:
+                self._handles.append(self.model.get_decoder().register_forward_hook(self._see_last))
+        if self.layers:
+            blocks = decoder_layers(self.model)
+            for i in self.layers:
+                self._handles.append(blocks[i].register_forward_pre_hook(self._layer_hook(i), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def take(self, num_columns: int) -> Captured:
+        """What was seen since the context was entered."""
+        hidden = self._seen.pop(-1)[:, -num_columns:] if self.hidden else None
+        features = None
+        if self.layers:
+            device = self._seen[self.layers[0]].device
+            features = torch.cat([self._seen.pop(i)[:, -num_columns:].to(device) for i in self.layers], -1)
+        return Captured(hidden, features)
+
+    def _see_last(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._seen[-1] = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+    def _layer_hook(self, index: int) -> Any:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._seen[index] = args[0] if args else kwargs["hidden_states"]
+
+        return see
+
+
+def joined(passes: Sequence[Scores]) -> Scores:
+    """One row's share of several passes in a row, the last of which scored the tree."""
+    if len(passes) == 1:
+        return passes[0]
+    hidden = [s.hidden for s in passes if s.hidden is not None]
+    features = [s.features for s in passes if s.features is not None]
+    return Scores(passes[-1].logits, torch.cat(hidden) if hidden else None, torch.cat(features) if features else None)
+
+
+def _last(states: Tensor, count: int) -> Tensor:
+    return states[states.shape[0] - count :]  # [-count:] would be everything for a count of 0
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of a model's decoder layers: the one with as many entries as the config has layers."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    # Below the decoder only: a vision tower may have as many layers.
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of {num_layers} decoder layers to take features from")

@@ -1,0 +1,134 @@
+"""The decode loop: propose, score, verify, commit, observe, yield. Knows no concrete drafter, verifier or model.
+
+Plain decoding is this loop with trees of one node, so baseline and method run the same code. Randomness and the clock
+are arguments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetProbs, Verdict, Verifier
+from specdec.noise import Noise
+from specdec.policy import Policy
+from specdec.tree import TokenTree
+
+DEFAULT_MAX_NODES = 16  # nodes below the root; beyond 8 to 16 a larger tree rarely pays on a CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """One row's share of one pass: the step, and what is needed to look behind it."""
+
+    step: Step
+    row: Row
+    probs: TargetProbs
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Everything that decides how rows are generated."""
+
+    target: Target
+    drafter: Drafter
+    verifier: Verifier
+    policy: Policy
+    noise: Noise
+    stop: Callable[[Row], bool]  # asked after each emitted token
+    max_nodes: int = DEFAULT_MAX_NODES
+    clock: Callable[[], float] = time.perf_counter
+
+    def run(self, rows: Iterable[Row], max_rows: int | None = None) -> Iterator[Emission]:
+        """Generate every row to its end, at most ``max_rows`` at a time; rows join as others finish.
+
+        Yields each row's share of each pass; tokens are appended to ``row.tokens``. A row ends at its ``max_tokens``
+        or where ``stop`` says so, and tokens accepted beyond that are dropped. Leaving early frees all rows.
+        """
+        waiting, active = iter(rows), list[Row]()
+        try:
+            while True:
+                joining = list(islice(waiting, None if max_rows is None else max_rows - len(active)))
+                if joining:
+                    self.target.open(joining)
+                    active += joining
+                    self.drafter.begin(joining)
+                if not active:
+                    return
+                emissions = self.step(active)
+                done = [e.row for e in emissions if e.step.finished]
+                if done:
+                    active = [e.row for e in emissions if not e.step.finished]
+                    self._leave(done)
+                yield from emissions
+        finally:
+            self._leave(active)
+
+    def step(self, rows: Sequence[Row]) -> list[Emission]:
+        """One pass for all rows: each emits at least one token."""
+        started = self.clock()
+        limits = [Limit(row.num_left - 1, self.max_nodes, self.target.chain_only) for row in rows]
+        trees = self.drafter.propose(rows, limits, self.policy.params, self.noise)
+        _check_trees(rows, trees, self.drafter.name)
+        drafted = self.clock()
+        scores = self.target.score(rows, trees)
+        scored = self.clock()
+        probs = [self.policy.target_probs(*each) for each in zip(rows, trees, scores, strict=True)]
+        verdicts = [
+            self.verifier.verify(tree, p, self.noise.at(row.key, len(row.tokens)))
+            for row, tree, p in zip(rows, trees, probs, strict=True)
+        ]
+        self.target.commit(rows, [verdict.nodes for verdict in verdicts])
+        finished = [self._emit(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
+        verified = self.clock()
+        self.drafter.observe(rows, verdicts, scores)
+        seconds = (drafted - started + self.clock() - verified, scored - drafted, verified - scored)
+        shares = [s / len(rows) for s in seconds]
+        return [
+            Emission(_record(row, tree, verdict, len(rows), shares, done), row, p, score)
+            for row, tree, verdict, done, p, score in zip(rows, trees, verdicts, finished, probs, scores, strict=True)
+        ]
+
+    def _emit(self, row: Row, verdict: Verdict) -> bool:
+        """Append the verdict's tokens to the row up to where it ends; whether it does."""
+        row.num_steps += 1
+        row.num_new = 0
+        for token in verdict.tokens:
+            row.tokens.append(token)
+            row.num_new += 1
+            if row.num_left <= 0 or self.stop(row):
+                return True
+        return False
+
+    def _leave(self, rows: Sequence[Row]) -> None:
+        self.drafter.end(rows)
+        self.target.close(rows)
+
+
+def _check_trees(rows: Sequence[Row], trees: Sequence[TokenTree], name: str) -> None:
+    if len(trees) != len(rows) or any(t.tokens[0] != row.tokens[-1] for row, t in zip(rows, trees, strict=False)):
+        raise ValueError(f"drafter {name!r} must propose one tree for each row, rooted at the row's newest token")
+
+
+def _record(
+    row: Row, tree: TokenTree, verdict: Verdict, num_rows: int, seconds: Sequence[float], finished: bool
+) -> Step:
+    """What the row really emitted: tokens behind its end do not count as accepted."""
+    n = row.num_new
+    return Step(
+        row=row.key,
+        index=row.num_steps - 1,
+        position=len(row.tokens) - n,
+        tokens=verdict.tokens[:n],
+        nodes=verdict.nodes[:n],
+        tree_tokens=tree.tokens,
+        tree_parents=tree.parents,
+        num_rows=num_rows,
+        draft_s=seconds[0],
+        score_s=seconds[1],
+        verify_s=seconds[2],
+        finished=finished,
+    )

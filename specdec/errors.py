@@ -1,0 +1,25 @@
+"""Errors of ours that a caller may want to tell apart. Everything a caller can mend is a ValueError."""
+
+
+class SpecdecError(Exception):
+    """Base class of this package's own errors."""
+
+
+class UnsupportedModelError(SpecdecError, ValueError):
+    """The model cannot be used as asked; the message says why and what can be done instead."""
+
+
+class UnsupportedOptionError(SpecdecError, ValueError):
+    """A ``generate()`` option that this package does not support; the message names it."""
+
+
+class NonFiniteLogitsError(SpecdecError, ValueError):
+    """The model returned NaN or +inf logits, or excluded every token, at a position that has to be decided."""
+
+
+class InexactDraftError(SpecdecError, ValueError):
+    """A verifier was handed a tree whose draws it is not exact for."""
+
+
+class ModelUnavailableError(SpecdecError, OSError):
+    """A model could not be found, fetched or read."""

@@ -1,0 +1,127 @@
+"""Randomness as an argument: noise tied to (seed, row, position) by a counter-based generator.
+
+The generator is Philox4x32-10 (Salmon et al., SC 2011). Nothing here keeps state, so the same question always gets
+the same answer: what a row samples does not depend on the drafter, the tree, the batch or the order of calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+class Stream(IntEnum):
+    """What a random number is for; numbers of different streams are independent."""
+
+    TARGET = 0  # the target's own choice at a position: a function of (seed, row, position) alone
+    DRAFT = 1  # what a drafter draws
+    COIN = 2  # accept or reject
+    RESIDUAL = 3  # the token emitted after a rejection
+
+
+class RowNoise(Protocol):
+    """The noise of one row during one step; ``depth`` 0 decides the token right after the root."""
+
+    def draw(self, probs: Tensor, depth: int, stream: Stream = Stream.TARGET, index: int = 0) -> int:
+        """A token from ``probs`` (V,), which need not be normalised."""
+
+    def coin(self, prob: float, depth: int, index: int = 0) -> bool:
+        """True with probability ``prob``; never for 0, always from 1 on."""
+
+
+class Noise(Protocol):
+    """Where a run's randomness comes from."""
+
+    def at(self, row: int, position: int) -> RowNoise:
+        """The noise of ``row`` for a step whose first undecided token has the absolute ``position``."""
+
+
+@dataclass(frozen=True, slots=True)
+class PhiloxNoise:
+    """Noise tied to (seed, row, absolute position).
+
+    Stream TARGET is keyed by the position of the decided token only, which makes sample-and-match token-identical to
+    plain sampling. The others are keyed by the step's first position too: a position can be drafted again in a later
+    step, and reusing its noise then would correlate with what earlier verification saw (rules that look ahead, such
+    as block verification, would be biased by that).
+    """
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+
+    def at(self, row: int, position: int) -> PhiloxRowNoise:
+        return PhiloxRowNoise(self.seed, row, position)
+
+
+@dataclass(frozen=True, slots=True)
+class PhiloxRowNoise:
+    """See :class:`PhiloxNoise`."""
+
+    seed: int
+    row: int
+    position: int
+
+    def draw(self, probs: Tensor, depth: int, stream: Stream = Stream.TARGET, index: int = 0) -> int:
+        """argmax(log probs + Gumbel noise): a sample from ``probs`` (Gumbel-max); noise only where probs > 0."""
+        support = probs.nonzero().squeeze(-1)
+        if support.numel() == 1:
+            return int(support)
+        scores = probs[support].double().log() + self.gumbel(support, depth, stream, index)
+        return int(support[scores.argmax()])
+
+    def gumbel(self, tokens: Tensor, depth: int, stream: Stream = Stream.TARGET, index: int = 0) -> Tensor:
+        """Standard Gumbel noise (k,) in float64 for token ids ``tokens`` (k,)."""
+        uniform = self._uniform(tokens, depth, stream, index)
+        return -torch.log(-torch.log(uniform))
+
+    def coin(self, prob: float, depth: int, index: int = 0) -> bool:
+        uniform = self._uniform(torch.zeros(1, dtype=torch.long), depth, Stream.COIN, index)
+        return float(uniform) < prob
+
+    def _uniform(self, tokens: Tensor, depth: int, stream: Stream, index: int) -> Tensor:
+        """Uniform (0, 1) numbers in float64, 32 bits each, one for each token id."""
+        if not (0 <= depth < 2**12 and 0 <= index < 2**16):
+            raise ValueError(f"depth must be below 4096 and index below 65536, got {depth} and {index}")
+        # One position's number is the same in every step for TARGET; elsewhere the step (its first position) counts.
+        target = stream is Stream.TARGET
+        position = self.position + depth if target else self.position
+        detail = int(stream) << 28 | (0 if target else depth << 16 | index)
+        # One block makes four numbers: a dense support computes each block once.
+        first, last = (int(tokens.min()) >> 2, int(tokens.max()) >> 2) if tokens.numel() else (0, 0)
+        if last - first < tokens.numel():
+            blocks = torch.arange(first, last + 1, device=tokens.device)
+            words = philox(blocks, position & _LOW, detail, self.row & _LOW, self.seed).T.reshape(-1)[
+                tokens - 4 * first
+            ]
+        else:
+            words = philox(tokens >> 2, position & _LOW, detail, self.row & _LOW, self.seed)
+            words = words.gather(0, (tokens & 3)[None]).squeeze(0)
+        return (words.double() + 0.5) * 2.0**-32
+
+
+def philox(counter: Tensor, c1: int, c2: int, c3: int, seed: int) -> Tensor:
+    """Philox4x32-10: the words (4, k) in [0, 2**32) as int64 for counters (counter (k,), c1, c2, c3) and key ``seed``."""
+    a, b, c, d = (
+        counter & _LOW,
+        torch.full_like(counter, c1),
+        torch.full_like(counter, c2),
+        torch.full_like(counter, c3),
+    )
+    k0, k1 = seed & _LOW, seed >> 32
+    for _ in range(10):
+        # int64 products wrap, which keeps all 64 bits right; the mask undoes the sign of the shift.
+        p0, p1 = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (p1 >> 32) & _LOW ^ b ^ k0, p1 & _LOW, (p0 >> 32) & _LOW ^ d ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return torch.stack((a, b, c, d))

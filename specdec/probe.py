@@ -1,0 +1,177 @@
+"""Decides at load what a model can verify: trees, chains only, or nothing; and says why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.attention import MaskStyle, mask_style
+from specdec.errors import UnsupportedModelError
+from specdec.interfaces import Row, Scores
+from specdec.tree import TokenTree
+
+# Cache layers whose entries can be dropped one by one: what a branching or rejected draft needs.
+_PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+# A leaf reached through the tree against a plain forward of its path, relative to the spread of the logits:
+# good models stay below 1e-5 in float32, wrong masks or positions give 6e-2 and more (4-layer random models).
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_TOLERANCE_16_BIT = 0.1
+_LARGEST_PASS = 2048  # columns: one chunk of a prompt and a tree
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What a model can do here; ``reason`` says why not trees."""
+
+    can_tree: bool
+    reason: str = ""
+    style: MaskStyle | None = None
+    max_positions: int | None = None  # positions beyond this are wrong or do not exist
+    limit_reason: str = ""
+
+
+class _Scorer(Protocol):
+    model: Any
+    vocab_size: int
+
+    def open(self, rows: Sequence[Row]) -> None: ...
+    def score(self, rows: Sequence[Row], trees: Sequence[TokenTree]) -> list[Scores]: ...
+    def commit(self, rows: Sequence[Row], paths: Sequence[Sequence[int]]) -> None: ...
+    def reset(self) -> None: ...
+
+
+def inspect_model(model: Any) -> Support:
+    """What the model's config and classes say, without running it.
+
+    Raises:
+        UnsupportedModelError: no causal language model, or one whose state cannot drop a rejected token.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder; only decoder-only causal language models are supported"
+        )
+    if not callable(getattr(model, "get_output_embeddings", None)) or model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
+    config = model.config.get_text_config()
+    _refuse_recurrent(model, config, name)
+    limit, reason = _position_limit(config)
+    style = mask_style(config, config._attn_implementation or "eager", model.dtype)
+    if isinstance(style, str):
+        return Support(False, style, None, limit, reason)
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return Support(
+            False, "its forward takes no position_ids, so siblings cannot share a position", None, limit, reason
+        )
+    if _has_slot_window(model):
+        return Support(
+            False, "its local attention counts cache slots, so siblings would push tokens out", None, limit, reason
+        )
+    return Support(True, "", style, limit, reason)
+
+
+def _refuse_recurrent(model: Any, config: Any, name: str) -> None:
+    from transformers import DynamicCache
+
+    why = f"{name} keeps a recurrent or convolutional state that cannot drop a rejected draft token; speculative decoding needs a model whose cache is keys and values only"
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(why)
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception as error:  # a config that the library itself cannot build a cache for
+        raise UnsupportedModelError(f"transformers builds no key-value cache for {name}: {error}") from error
+    kinds = {type(layer).__name__ for layer in layers}
+    if not kinds <= set(_PLAIN_LAYERS):
+        raise UnsupportedModelError(f"{why} (cache layers: {', '.join(sorted(kinds - set(_PLAIN_LAYERS)))})")
+
+
+def _has_slot_window(model: Any) -> bool:
+    """Whether a stored causal mask forgets old cache slots: siblings would count as distance (GPT-Neo's local layers)."""
+    masks = (b for b in model.buffers() if b.dtype in (torch.bool, torch.uint8) and b.dim() >= 2 and b.shape[-1] > 1)
+    return any(b.shape[-2] == b.shape[-1] and not b[..., -1, 0].all() for b in masks)
+
+
+def _position_limit(config: Any) -> tuple[int | None, str]:
+    """The number of positions beyond which the model has no table entry or changes its rotary frequencies."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    ropes = _ropes(config)
+    kinds = {rope.get("rope_type") for rope in ropes}
+    if "longrope" in kinds:
+        key = "original_max_position_embeddings"
+        originals = [value for value in (getattr(config, key, None), *(rope.get(key) for rope in ropes)) if value]
+        return min(
+            originals, default=limit
+        ), "its long-context rotary embedding changes all frequencies beyond position"
+    if "dynamic" in kinds:
+        return limit, "its dynamic rotary embedding changes all frequencies beyond position"
+    if getattr(config, "attn_temperature_tuning", False):
+        # Llama 4 reads the temperature's step off cache slots, which run ahead of positions by a pass at most.
+        return max(
+            config.floor_scale - _LARGEST_PASS, 0
+        ), "its attention temperature counts cache slots beyond position"
+    if not ropes:
+        return limit, "its table of positions has"
+    return None, ""
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings, one for each type of layer; none if positions are learned or a bias."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(parameters, dict):
+        return []
+    return [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+
+
+def probe(target: _Scorer, branching: bool) -> str:
+    """Try small trees (or chains) and compare leaves with plain forwards; says what is wrong, or nothing."""
+    shape = "tree" if branching else "chain"
+    order = torch.randperm(min(target.vocab_size, 30000), generator=torch.Generator().manual_seed(0))
+    ids = (order.tolist() * 11)[:11]  # a vocabulary may be smaller than 11
+    try:
+        leaves = _score_trees(target, ids) if branching else _score_chains(target, ids)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        return f"its own code fails on a small {shape}: {error}"
+    finally:
+        target.reset()
+    if all(_agree(target.model, tokens, logits) for tokens, logits in leaves):
+        return ""
+    return f"a small {shape} gave other logits than plain forwards of its paths"
+
+
+def _score_trees(target: _Scorer, ids: list[int]) -> list[tuple[list[int], Tensor]]:
+    """The last leaf of each of two trees behind prompts of different lengths: tokens up to it, and logits."""
+    rows = [Row(0, ids[:6], 10), Row(1, ids[:3], 10)]
+    # Two branches of two: the last leaf must see neither node of the first branch.
+    trees = [TokenTree(tuple(ids[5:10]), (-1, 0, 0, 1, 2)), TokenTree(tuple(ids[2:5]), (-1, 0, 0))]
+    target.open(rows)
+    scores = target.score(rows, trees)
+    return [
+        (row.tokens + tree.path_tokens(len(tree) - 1), score.logits[-1])
+        for row, tree, score in zip(rows, trees, scores, strict=True)
+    ]
+
+
+def _score_chains(target: _Scorer, ids: list[int]) -> list[tuple[list[int], Tensor]]:
+    """The ends of a chain, and of another that follows after a part of the first was dropped."""
+    row = Row(0, ids[:6], 10)
+    target.open([row])
+    before = target.score([row], [TokenTree.chain(ids[5], ids[6:8])])[0].logits[-1]
+    target.commit([row], [(0, 1)])
+    row.tokens += [ids[6], ids[8]]
+    after = target.score([row], [TokenTree.chain(ids[8], ids[9:11])])[0].logits[-1]
+    return [(ids[:8], before), (ids[:7] + ids[8:11], after)]
+
+
+@torch.no_grad()
+def _agree(model: Any, tokens: list[int], logits: Tensor) -> bool:
+    device = model.get_input_embeddings().weight.device
+    plain = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].double()
+    error = (logits.double() - plain).norm() / (plain - plain.mean()).norm()
+    return bool(error <= _TOLERANCE.get(model.dtype, _TOLERANCE_16_BIT))

@@ -1,0 +1,116 @@
+"""Who may import whom, and the traps of the package mapping."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "specdec": "specdec",
+    "drafters": "specdec.drafters",
+    "verifiers": "specdec.verifiers",
+    "kernels": "specdec.kernels",
+    "cli": "specdec.cli",
+    "analysis": "specdec.analysis",
+}
+
+# Modules of one layer may import each other and everything in `may`; the first match counts.
+CORE = (
+    "specdec.errors specdec.tree specdec.noise specdec.sampling specdec.interfaces specdec.trace specdec.metrics "
+    "specdec.provenance specdec.defaults"
+).split()
+MODEL = "specdec.attention specdec.cache specdec.capture specdec.probe specdec.target specdec.models specdec.prompts".split()
+RULES: list[tuple[str, list[str]]] = [
+    ("specdec.kernels", ["specdec.kernels"]),
+    ("specdec.analysis", ["specdec.analysis", "specdec.trace", "specdec.errors", "specdec.defaults"]),
+    ("specdec.drafters", ["specdec.drafters", "specdec.kernels", "specdec.decode", "specdec.policy", *CORE, *MODEL]),
+    ("specdec.verifiers", ["specdec.verifiers", "specdec.kernels", "specdec.decode", *CORE]),
+    ("specdec.cli", ["specdec"]),
+    *((module, CORE) for module in CORE),
+    *((module, ["specdec.kernels", *CORE, *MODEL]) for module in MODEL),
+    ("specdec.policy", CORE),
+    ("specdec.decode", ["specdec.policy", *CORE]),
+]
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            inner = path.relative_to(ROOT / folder).with_suffix("").parts
+            found.append((".".join((package, *(part for part in inner if part != "__init__"))), path))
+    return found
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports anywhere, also inside functions and under TYPE_CHECKING."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+    return {name for name in names if name.split(".")[0] == "specdec"}
+
+
+def within(module: str, packages: list[str]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_module_imports_only_from_the_layers_below(module: str, path: Path) -> None:
+    allowed = next((may for name, may in RULES if within(module, [name])), None)
+    if allowed is None:
+        return
+    wrong = {name for name in imports_of(path) if not within(name, allowed)}
+    assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+def test_nobody_imports_the_command_line() -> None:
+    """Library code that needs the command line could not be used without it."""
+    guilty = [
+        m
+        for m, path in modules()
+        if not within(m, ["specdec.cli"]) and any(within(n, ["specdec.cli"]) for n in imports_of(path))
+    ]
+    assert not guilty
+
+
+def test_the_rules_catch_a_forbidden_import(tmp_path: Path) -> None:
+    """The check itself must not be blind to imports inside functions."""
+    file = tmp_path / "x.py"
+    file.write_text("def f():\n    from specdec.drafters.ngram import NgramDrafter\n")
+    assert imports_of(file) == {"specdec.drafters.ngram"}
+    assert not within("specdec.drafters.ngram", CORE)
+
+
+def test_our_kernels_folder_is_not_the_top_level_package_kernels() -> None:
+    """transformers imports a package named kernels if it finds one: with the root on sys.path it would be ours."""
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(ROOT)
+
+
+def test_our_kernels_folder_is_harmless_where_it_shadows_that_package() -> None:
+    """A root on sys.path (python -m pytest, scripts in the root) must not break transformers."""
+    code = (
+        "import sys; sys.path.insert(0, '.'); import kernels, transformers; assert not hasattr(kernels, '__version__')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_package_imports_without_torch() -> None:
+    """`specdec --help` must not wait for torch."""
+    code = "import sys, specdec; assert not {'torch', 'transformers'} & set(sys.modules); print(specdec.__version__)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_generate_is_the_function_also_after_its_module_was_imported() -> None:
+    """A submodule of the same name as a lazy attribute would replace it."""
+    code = "import specdec.wrapper, specdec; assert callable(specdec.generate) and callable(specdec.custom_generate)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,30 @@
+"""Sample-and-match: rule 1 of docs/verification.md, exact for any tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdec.interfaces import TargetProbs, Verdict
+from specdec.noise import RowNoise
+from specdec.tree import Draw, TokenTree
+from specdec.verifiers.walk import follow
+
+
+@dataclass(frozen=True, slots=True)
+class MatchVerifier:
+    """At each node draw the target's token; where a child holds it move there, else emit it and stop.
+
+    The noise of each draw is tied to the token's position, so the output is token-identical to plain decoding with
+    the same seed, whatever the drafter, the tree or the batch (up to rounding inside the model). For trees picked
+    with certainty no exact rule accepts more. The tree may depend on the same noise: a drafter that proposes
+    argmax(log q + noise) is matched more often (drafter-invariant coupling; Daliri, Musco and Suresh, 2025).
+    """
+
+    name: str = "match"
+    lossless: bool = True
+    draws: frozenset[Draw] = frozenset(Draw)
+
+    def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
+        if target.is_greedy:
+            return follow(tree, lambda node, _: target.best(node))
+        return follow(tree, lambda node, depth: noise.draw(target.probs(node), depth))
