@@ -13,7 +13,6 @@ from typing import Any
 from specdec.interfaces import DraftContext, Drafter
 
 ENTRY_POINTS = "specdec.drafters"
-DEFAULT_DRAFTER = "ngram"
 
 # Name -> module with a function build(context) -> Drafter; imported when asked for.
 DRAFTERS: dict[str, str] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -74,24 +75,28 @@ class MaskStyle:
     def _finish(self, visible: Tensor) -> Tensor:
         if not self.is_additive:
             return visible[:, None]
-        lowest = torch.finfo(self.dtype).min
-        return torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill_(~visible, lowest)[
-            :, None
-        ]
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[:, None]
 
 
-def mask_style(config: Any, implementation: str, dtype: torch.dtype) -> MaskStyle | str:
-    """The masks for a model's (text) ``config``, or a sentence that says why 4D masks cannot express its attention."""
+def mask_style(config: Any, implementation: str, dtype: torch.dtype, module: ModuleType) -> MaskStyle | str:
+    """The masks for a model, or a sentence that says why 4D masks cannot express its attention.
+
+    ``config`` is that of the text model and ``module`` the one that defines it: a window in the config of a model
+    whose code makes no windows (many Llama checkpoints hold one) is not used.
+    """
     if implementation not in MASKED_IMPLEMENTATIONS:
-        return f"attention implementation {implementation!r} takes no 4D mask (load the model with attn_implementation='sdpa')"
+        return f"attention implementation {implementation!r} takes no 4D mask (load it with attn_implementation='sdpa')"
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     layer_types: Sequence[str] | None = getattr(config, "layer_types", None)
     if layer_types is not None:
         kinds = tuple(sorted(set(layer_types)))
-    elif window is not None:
+    elif window and hasattr(module, "create_sliding_window_causal_mask"):
         kinds = (SLIDING,)
-    elif chunk is not None:
+    elif chunk and hasattr(module, "create_chunked_causal_mask"):
         kinds = (CHUNKED,)
+    elif (window or chunk) and not module.__name__.startswith("transformers."):
+        return "its own code may cut a window into the attention"
     else:
         kinds = (FULL,)
     unknown = [kind for kind in kinds if kind not in (FULL, SLIDING, CHUNKED)]

@@ -38,18 +38,17 @@ class Capture:
     model: Any
     hidden: bool
     layers: tuple[int, ...]
+    needs_all_logits: bool = field(init=False)  # hidden states are only seen where a column's logits are computed
     _seen: dict[int, Tensor] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        head = self.model.get_output_embeddings()
+        # What Llama 4 calls its decoder includes the output matrix.
+        self.needs_all_logits = self.hidden and any(module is head for module in self.model.get_decoder().modules())
         num_layers = self.model.config.get_text_config().num_hidden_layers
         if any(not 0 <= i < num_layers for i in self.layers):
             raise ValueError(f"feature layers must be in [0, {num_layers}) for this model, got {self.layers}")
-
-    @property
-    def needs_all_logits(self) -> bool:
-        """Whether the hidden states can only be seen where every column's logits are computed."""
-        return self.hidden and self.model.get_decoder() is self.model
 
     @property
     def is_active(self) -> bool:

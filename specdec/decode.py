@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from specdec.defaults import DEFAULT_MAX_NODES
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetProbs, Verdict, Verifier
 from specdec.noise import Noise
 from specdec.policy import Policy
 from specdec.tree import TokenTree
-
-DEFAULT_MAX_NODES = 16  # nodes below the root; beyond 8 to 16 a larger tree rarely pays on a CPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.attention import MaskStyle, mask_style
-from specdec.errors import UnsupportedModelError
+from specdec.errors import NonFiniteLogitsError, UnsupportedModelError
 from specdec.interfaces import Row, Scores
 from specdec.tree import TokenTree
 
@@ -61,7 +62,8 @@ def inspect_model(model: Any) -> Support:
     config = model.config.get_text_config()
     _refuse_recurrent(model, config, name)
     limit, reason = _position_limit(config)
-    style = mask_style(config, config._attn_implementation or "eager", model.dtype)
+    module = sys.modules[type(model.get_decoder()).__module__]
+    style = mask_style(config, config._attn_implementation or "eager", model.dtype, module)
     if isinstance(style, str):
         return Support(False, style, None, limit, reason)
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -78,7 +80,10 @@ def inspect_model(model: Any) -> Support:
 def _refuse_recurrent(model: Any, config: Any, name: str) -> None:
     from transformers import DynamicCache
 
-    why = f"{name} keeps a recurrent or convolutional state that cannot drop a rejected draft token; speculative decoding needs a model whose cache is keys and values only"
+    why = (
+        f"{name} keeps a state beside plain keys and values (recurrent, convolutional or an index), which cannot drop a "
+        "rejected draft token; speculative decoding needs a model whose cache is keys and values only"
+    )
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(why)
     try:
@@ -104,16 +109,14 @@ def _position_limit(config: Any) -> tuple[int | None, str]:
     if "longrope" in kinds:
         key = "original_max_position_embeddings"
         originals = [value for value in (getattr(config, key, None), *(rope.get(key) for rope in ropes)) if value]
-        return min(
-            originals, default=limit
-        ), "its long-context rotary embedding changes all frequencies beyond position"
+        limit = min(originals, default=limit)
+        return limit, "its long-context rotary embedding changes all frequencies beyond position"
     if "dynamic" in kinds:
         return limit, "its dynamic rotary embedding changes all frequencies beyond position"
     if getattr(config, "attn_temperature_tuning", False):
         # Llama 4 reads the temperature's step off cache slots, which run ahead of positions by a pass at most.
-        return max(
-            config.floor_scale - _LARGEST_PASS, 0
-        ), "its attention temperature counts cache slots beyond position"
+        limit = max(config.floor_scale - _LARGEST_PASS, 0)
+        return limit, "its attention temperature counts cache slots beyond position"
     if not ropes:
         return limit, "its table of positions has"
     return None, ""
@@ -173,5 +176,10 @@ def _score_chains(target: _Scorer, ids: list[int]) -> list[tuple[list[int], Tens
 def _agree(model: Any, tokens: list[int], logits: Tensor) -> bool:
     device = model.get_input_embeddings().weight.device
     plain = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].double()
-    error = (logits.double() - plain).norm() / (plain - plain.mean()).norm()
-    return bool(error <= _TOLERANCE.get(model.dtype, _TOLERANCE_16_BIT))
+    if not bool(plain.isfinite().all()):
+        name = type(model).__name__
+        raise NonFiniteLogitsError(
+            f"{name} gives NaN or infinite logits for a short prompt; check its weights, or try float32"
+        )
+    allowed = _TOLERANCE.get(model.dtype, _TOLERANCE_16_BIT) * (plain - plain.mean()).norm()
+    return bool((logits.double() - plain).norm() <= allowed)

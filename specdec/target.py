@@ -90,9 +90,7 @@ class CausalLM:
         self._lines: dict[Row, _Line] = {}
         self._by_index: list[Row] = []
         self._cache = self._new_cache()
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._takes_keep = "logits_to_keep" in accepted
+        self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._capture = Capture(model, capture_hidden, tuple(feature_layers))
         self._probe()
 
@@ -242,16 +240,15 @@ class CausalLM:
         if not self.chain_only:
             style, plan = self.support.style, _plan(parts, num_columns, width, self.device)
             assert isinstance(style, MaskStyle)
-            if self._takes_positions:
-                inputs["position_ids"] = plan.positions
+            inputs["position_ids"] = plan.positions
             if not is_plain:
                 inputs["attention_mask"] = style.build(plan)
         num_nodes = [len(part.tree) - part.num_scored if part.tree else 0 for part in parts]
         num_kept = max(1, *num_nodes)
         if self._takes_keep and num_kept < num_columns and not self._capture.needs_all_logits:
             # Given a number, Gemma 4 drops the other columns in the middle of the model.
-            kept = range(num_columns - num_kept, num_columns)
-            inputs["logits_to_keep"] = torch.tensor(kept, device=self.device) if self._capture.is_active else num_kept
+            kept = torch.arange(num_columns - num_kept, num_columns, device=self.device)
+            inputs["logits_to_keep"] = kept if self._capture.is_active else num_kept
         started = self._clock()
         with self._capture:
             logits: Tensor = self.model(**inputs).logits

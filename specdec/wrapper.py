@@ -20,8 +20,9 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.decode import DEFAULT_MAX_NODES, Decoder, Emission
-from specdec.drafters import DEFAULT_DRAFTER, make_drafter
+from specdec.decode import Decoder, Emission
+from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
+from specdec.drafters import make_drafter
 from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import DraftContext, Drafter, Row, Step, Verifier
 from specdec.metrics import Stats
@@ -29,7 +30,7 @@ from specdec.noise import PhiloxNoise
 from specdec.options import check_generation_config, check_model_kwargs, make_policy, num_padding
 from specdec.policy import LazyProbs
 from specdec.target import CausalLM
-from specdec.verifiers import DEFAULT_VERIFIER, make_verifier
+from specdec.verifiers import make_verifier
 
 
 @dataclass
@@ -126,9 +127,9 @@ def custom_generate(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
+        target = CausalLM(model)
         check_generation_config(generation_config)
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
-        target = CausalLM(model)
         models = () if draft_model is None else (draft_model,)
         proposer = (
             make_drafter(drafter, DraftContext(target, rule.draws, models)) if isinstance(drafter, str) else drafter

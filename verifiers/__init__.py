@@ -9,7 +9,6 @@ from specdec.verifiers.match import MatchVerifier
 from specdec.verifiers.rejection import RejectionVerifier
 
 VERIFIERS: dict[str, Callable[[], Verifier]] = {"match": MatchVerifier, "rejection": RejectionVerifier}
-DEFAULT_VERIFIER = "match"
 
 
 def make_verifier(name: str) -> Verifier:
