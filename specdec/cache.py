@@ -82,8 +82,6 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.20
-
 
 class RaggedCache:
     """The buffers of all layers, and the moves inside them."""
