@@ -136,10 +136,11 @@ class LazyProbs:
         return int(token)
 
     def probs(self, node: int) -> Tensor:
-        if self.apply is None:
-            probs = sampling_probs(self.logits[node], self.params)
-        elif self.is_greedy:
+        if self.is_greedy:
+            self.best(node)  # raises for NaN, which the one-hot distribution would hide
             probs = sampling_probs(self.scores(node), self.params)
+        elif self.apply is None:
+            probs = sampling_probs(self.logits[node], self.params)
         else:
             probs = self.scores(node).softmax(-1)
         self._check(node, float(probs.sum()))

@@ -43,7 +43,8 @@ def sampling_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     """The distribution (V,) that ``generate()`` samples from, for raw ``logits`` (V,): float32, or float64 if they are.
 
     Same order and tie rules as transformers' warpers (temperature, top-k, top-p, min-p), but what top-k drops is
-    never sorted. Temperature 0 puts all mass on the first largest logit.
+    never sorted: of equal logits at the border of top-p another one may stay than there, where the sort is not stable.
+    Temperature 0 puts all mass on the first largest logit.
     """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if params.is_greedy:
@@ -52,8 +53,8 @@ def sampling_probs(logits: Tensor, params: SamplingParams) -> Tensor:
         scores = scores / params.temperature
     support = None
     if 0 < params.top_k < scores.shape[-1]:
-        # Every token that ties with the k-th stays, as in TopKLogitsWarper.
-        support = (scores >= scores.topk(params.top_k).values[-1]).nonzero().squeeze(-1)
+        # Every token that ties with the k-th stays, as in TopKLogitsWarper; so does NaN, for the caller to see.
+        support = (~(scores < scores.topk(params.top_k).values[-1])).nonzero().squeeze(-1)
         scores = scores[support]
     if params.top_p < 1.0:
         scores = _top_p(scores, params.top_p)

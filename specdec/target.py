@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from specdec.probe import Support, inspect_model, probe
 from specdec.tree import TokenTree
 
 PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
+
+
+# What the probe found, for as long as the model lives: generate() builds a CausalLM at every call.
+_PROBED: WeakKeyDictionary[Any, tuple[Any, Support]] = WeakKeyDictionary()
 
 
 @dataclass(slots=True)
@@ -169,7 +174,12 @@ class CausalLM:
         self._cache = self._new_cache()
 
     def _probe(self) -> None:
-        """Try what the config promises, so that no model can be wrong in silence."""
+        """Try what the config promises, so that no model can be wrong in silence; once for each model object."""
+        model = self.model
+        key = (model.dtype, self.device, self._config._attn_implementation, self.support)
+        if _PROBED.get(model, (None, None))[0] == key:
+            self.support = _PROBED[model][1]
+            return
         branching = self.support.can_tree
         fault = probe(self, branching)
         if fault and branching:
@@ -178,6 +188,7 @@ class CausalLM:
         if fault:
             raise UnsupportedModelError(f"{type(self.model).__name__} cannot be verified: {fault}")
         self.model_s, self.num_passes = 0.0, 0
+        _PROBED[model] = (key, self.support)
 
     def _new_cache(self) -> RaggedCache:
         return RaggedCache(self._config.num_hidden_layers)
@@ -190,6 +201,9 @@ class CausalLM:
             raise ValueError(
                 f"token ids must be in [0, {self.vocab_size}) (the model's vocabulary), got {min(row.tokens)} to {max(row.tokens)}"
             )
+        context = getattr(self._config, "max_position_embeddings", None)
+        if context is not None and row.num_prompt > context:
+            raise ValueError(f"the prompt has {row.num_prompt} tokens, but the model's context ends at {context}; shorten it")
         limit = self.support.max_positions
         if limit is not None and row.max_tokens > limit:
             raise ValueError(
