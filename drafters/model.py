@@ -1,4 +1,4 @@
-"""A small causal LM as drafter: the classic of speculative decoding, one chain for each row and step."""
+"""A small causal LM as drafter: chains, and SpecInfer's token trees. It keeps a cache of its own."""
 
 from __future__ import annotations
 
@@ -6,103 +6,84 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from specdec.drafters.growth import Children, Growing, Shape
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.noise import Noise, Stream
-from specdec.sampling import SamplingParams, sampling_probs
+from specdec.noise import Noise
+from specdec.sampling import SamplingParams
 from specdec.target import CausalLM
-from specdec.tree import Draw, TokenTree
-
-
-@dataclass(slots=True)
-class _Chain:
-    """One row's draft as it grows."""
-
-    row: Row
-    limit: int
-    tokens: list[int]
-    probs: list[Tensor] = field(default_factory=list)  # of (V,): what each token was drawn from, if sampled
-    confidence: float = 1.0  # probability of the whole chain under the draft model
+from specdec.tree import TokenTree
 
 
 @dataclass(slots=True)
 class ModelDrafter:
-    """Drafts chains with a causal LM that shares the target's vocabulary; it keeps its own cache.
+    """Drafts with a causal LM that shares the target's vocabulary: one forward pass for each level of all trees.
 
-    With ``sampled`` each token is drawn from the draft model's distribution, warped like the target's, and handed on
-    with it (for rejection rules). Otherwise tokens are picked with certainty: the most probable one under the noise
-    that the ``match`` verifier will use for the same position, which at temperature 0 is the plain argmax.
+    Each level of every row is one pass under the draft model's own tree mask. After verification its cache keeps the
+    accepted path, so nothing is processed twice.
 
     Args:
         engine: the draft model.
-        num_tokens: the longest chain.
-        min_confidence: no further token is drafted once the chain's probability under the draft model is lower. The
-            token that made it fall stays: dropping a drawn token for its own probability would not be exact.
-        sampled: draw from the draft distribution instead of picking.
+        shape: which nodes get children (see Shape).
+        children: how they are chosen; drawn ones are handed on with the distributions they were drawn from.
     """
 
     engine: CausalLM
-    num_tokens: int = 5
-    min_confidence: float = 0.3
-    sampled: bool = False
+    shape: Shape
+    children: Children = Children.CERTAIN
     name: str = "model"
-    _num_scored: dict[Row, int] = field(default_factory=dict)  # nodes of the latest tree in the draft model's cache
-
-    def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1, got {self.num_tokens}")
+    _growing: dict[Row, Growing | None] = field(default_factory=dict, init=False)
 
     def begin(self, rows: Sequence[Row]) -> None:
         self.engine.open(rows)
-        self._num_scored.update((row, 0) for row in rows)
+        self._growing.update((row, None) for row in rows)
 
     def propose(
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
     ) -> list[TokenTree]:
-        chains = [
-            _Chain(row, min(limit.depth, limit.nodes, self.num_tokens), [row.tokens[-1]])
+        trees = [
+            Growing(row, limit, self.shape, self.children, params, noise.at(row.key, len(row.tokens)))
             for row, limit in zip(rows, limits, strict=True)
         ]
-        self._num_scored.update((row, 0) for row in rows)
-        growing = [chain for chain in chains if chain.limit > 0]
-        while growing:
-            trees = [TokenTree.chain(chain.tokens[0], chain.tokens[1:]) for chain in growing]
-            scores = self.engine.score([c.row for c in growing], trees, [len(c.tokens) - 1 for c in growing])
-            for chain, score in zip(growing, scores, strict=True):
-                self._num_scored[chain.row] = len(chain.tokens)
-                self._extend(chain, score.logits[-1], params, noise)
-            growing = [c for c in growing if len(c.tokens) <= c.limit and c.confidence >= self.min_confidence]
-        return [TokenTree.chain(c.tokens[0], c.tokens[1:], torch.stack(c.probs) if c.probs else None) for c in chains]
+        self._growing.update(zip(rows, trees, strict=True))
+        while active := [tree for tree in trees if tree.frontier]:
+            scores = self.engine.score(
+                [tree.row for tree in active], [t.engine_tree for t in active], [len(t.scored) for t in active]
+            )
+            for tree, score in zip(active, scores, strict=True):
+                tree.expand(score.logits)
+        return [tree.proposal() for tree in trees]
 
-    def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict], scores: Sequence[Scores]) -> None:
-        # The last drafted token was never fed to the draft model: if accepted it is processed with the next root.
-        kept = [[n for n in v.nodes if n < self._num_scored[row]] for row, v in zip(rows, verdicts, strict=True)]
-        self.engine.commit(rows, kept)
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None:
+        # A token that the draft model never saw is processed together with the next root.
+        paths = []
+        for row, verdict in zip(rows, verdicts, strict=True):
+            growing = self._growing[row]
+            paths.append(growing.scored_path(verdict.tokens[:-1]) if growing else [])
+        self.engine.commit(rows, paths)
 
     def end(self, rows: Sequence[Row]) -> None:
-        begun = [row for row in rows if self._num_scored.pop(row, None) is not None]
+        begun = [row for row in rows if row in self._growing]
+        for row in begun:
+            del self._growing[row]
         self.engine.close(begun)
-
-    def _extend(self, chain: _Chain, logits: Tensor, params: SamplingParams, noise: Noise) -> None:
-        depth = len(chain.tokens) - 1
-        probs = sampling_probs(logits, params)
-        row_noise = noise.at(chain.row.key, len(chain.row.tokens))
-        if params.is_greedy:
-            token = int(probs.argmax())
-            chain.confidence *= float(logits.float().softmax(-1)[token])
-        else:
-            token = row_noise.draw(probs, depth, Stream.DRAFT if self.sampled else Stream.TARGET)
-            chain.confidence *= float(probs[token])
-            if self.sampled:
-                chain.probs.append(probs)
-        chain.tokens.append(token)
 
 
 def build(context: DraftContext) -> Drafter:
-    """Options: num_tokens, min_confidence, sampled."""
+    """Options: shape (chain, best-first, 3x2x1), children, num_tokens, top_k, min_confidence."""
+    return _build(context, **context.options)
+
+
+def _build(
+    context: DraftContext,
+    shape: Any = "chain",
+    children: str | None = None,
+    num_tokens: int = 5,
+    top_k: int = 4,
+    min_confidence: float | None = None,
+) -> Drafter:
     if len(context.draft_models) != 1:
         raise ValueError(
             f"drafter 'model' needs one draft model, got {len(context.draft_models)}; "
@@ -110,9 +91,25 @@ def build(context: DraftContext) -> Drafter:
         )
     engine = CausalLM(context.draft_models[0])
     check_vocabulary(engine, context.target)
-    # A verifier that couples through the noise wants the noise's own pick; the others gain from drawn tokens.
-    options: dict[str, Any] = {"sampled": Draw.TOP_PLUS_ONE not in context.draws, **context.options}
-    return ModelDrafter(engine, **options)
+    if min_confidence is None:
+        min_confidence = 0.3 if shape == "chain" else 0.0
+    form = Shape.parse(str(shape), top_k, num_tokens, min_confidence)
+    return ModelDrafter(engine, form, _children(children, context.verifier.is_coupled, form))
+
+
+def _children(name: str | None, is_coupled: bool, shape: Shape) -> Children:
+    if name is not None and name not in list(Children):
+        raise ValueError(f"children must be one of {', '.join(Children)}, got {name!r}")
+    if name == Children.COUPLED and not is_coupled:
+        # A verifier that looks ahead would see noise that it meets again in a later step.
+        raise ValueError(
+            "children=coupled shares noise with verifier 'match'; choose certain or drawn children for others"
+        )
+    if name is not None:
+        return Children(name)
+    if is_coupled:
+        return Children.COUPLED
+    return Children.INDEPENDENT if set(shape.widths) == {1} else Children.WITHOUT_REPLACEMENT
 
 
 def check_vocabulary(engine: CausalLM, target: Any) -> None:

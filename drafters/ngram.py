@@ -106,7 +106,9 @@ class NgramDrafter:
     ) -> list[TokenTree]:
         return [self._grow(self._indices[row], limit) for row, limit in zip(rows, limits, strict=True)]
 
-    def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict], scores: Sequence[Scores]) -> None:
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None:
         for row in rows:
             index = self._indices[row]
             for token in row.tokens[len(index.tokens) :]:

@@ -24,7 +24,9 @@ class NoDrafter:
     ) -> list[TokenTree]:
         return [TokenTree.root(row.tokens[-1]) for row in rows]
 
-    def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict], scores: Sequence[Scores]) -> None: ...
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None: ...
 
     def end(self, rows: Sequence[Row]) -> None: ...
 

@@ -33,7 +33,9 @@ class RepeatDrafter:
     ) -> list[TokenTree]:
         return [self._draft(row, limit) for row, limit in zip(rows, limits, strict=True)]
 
-    def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict], scores: Sequence[Scores]) -> None:
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None:
         for row in rows:
             self._learn(row, len(row.tokens) - row.num_new - 1)
 

@@ -7,7 +7,7 @@ are arguments.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -41,7 +41,7 @@ class Decoder:
     max_nodes: int = DEFAULT_MAX_NODES
     clock: Callable[[], float] = time.perf_counter
 
-    def run(self, rows: Iterable[Row], max_rows: int | None = None) -> Iterator[Emission]:
+    def run(self, rows: Iterable[Row], max_rows: int | None = None) -> Generator[Emission, None, None]:
         """Generate every row to its end, at most ``max_rows`` at a time; rows join as others finish.
 
         Yields each row's share of each pass; tokens are appended to ``row.tokens``. A row ends at its ``max_tokens``
@@ -71,7 +71,7 @@ class Decoder:
         started = self.clock()
         limits = [Limit(row.num_left - 1, self.max_nodes, self.target.chain_only) for row in rows]
         trees = self.drafter.propose(rows, limits, self.policy.params, self.noise)
-        _check_trees(rows, trees, self.drafter.name)
+        _check_trees(rows, trees, limits, self.drafter.name)
         drafted = self.clock()
         scores = self.target.score(rows, trees)
         scored = self.clock()
@@ -83,7 +83,7 @@ class Decoder:
         self.target.commit(rows, [verdict.nodes for verdict in verdicts])
         finished = [self._emit(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
         verified = self.clock()
-        self.drafter.observe(rows, verdicts, scores)
+        self.drafter.observe(rows, trees, verdicts, scores)
         seconds = (drafted - started + self.clock() - verified, scored - drafted, verified - scored)
         shares = [s / len(rows) for s in seconds]
         return [
@@ -107,9 +107,14 @@ class Decoder:
         self.target.close(rows)
 
 
-def _check_trees(rows: Sequence[Row], trees: Sequence[TokenTree], name: str) -> None:
-    if len(trees) != len(rows) or any(t.tokens[0] != row.tokens[-1] for row, t in zip(rows, trees, strict=False)):
-        raise ValueError(f"drafter {name!r} must propose one tree for each row, rooted at the row's newest token")
+def _check_trees(rows: Sequence[Row], trees: Sequence[TokenTree], limits: Sequence[Limit], name: str) -> None:
+    if len(trees) != len(rows):
+        raise ValueError(f"drafter {name!r} must propose one tree for each of {len(rows)} rows, got {len(trees)}")
+    for row, tree, limit in zip(rows, trees, limits, strict=True):
+        if tree.tokens[0] != row.tokens[-1]:
+            raise ValueError(f"drafter {name!r} must root its tree at the row's newest token, got {tree.tokens[0]}")
+        if len(tree) - 1 > limit.nodes or (len(tree) > 1 and max(tree.depths()) > limit.depth):
+            raise ValueError(f"drafter {name!r} must keep within {limit}, got parents {tree.parents}")
 
 
 def _record(

@@ -125,21 +125,17 @@ class Drafter(Protocol):
     ) -> list[TokenTree]:
         """One tree for each row, rooted at the row's newest token and within its limit."""
 
-    def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict], scores: Sequence[Scores]) -> None:
-        """What became of the trees just proposed; ``row.tokens`` already holds the emitted tokens."""
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None:
+        """What became of the step; ``row.tokens`` already holds the emitted tokens.
+
+        ``trees`` are those that were verified, to which ``verdicts`` and ``scores`` refer: a part of what was
+        proposed, or merged with what others proposed. A drafter finds its own nodes again by their tokens.
+        """
 
     def end(self, rows: Sequence[Row]) -> None:
         """Rows leave; rows that never began are ignored."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftContext:
-    """What a drafter is built from."""
-
-    target: Target
-    draws: frozenset[Draw]  # what the verifier in use is exact for
-    draft_models: tuple[Any, ...] = ()  # models of the caller's for drafters that run one
-    options: Mapping[str, Any] = field(default_factory=dict)  # from "name:option=value,..."
 
 
 class Verifier(Protocol):
@@ -154,11 +150,28 @@ class Verifier(Protocol):
         """Whether the emitted tokens follow the target's distribution exactly."""
 
     @property
+    def is_coupled(self) -> bool:
+        """Whether it decides by the noise of each position alone, which a drafter may share to be matched more often.
+
+        Drafters then pick with certainty under that noise; for other verifiers they draw, and hand on from what.
+        """
+
+    @property
     def draws(self) -> frozenset[Draw]:
-        """The draws it is exact for; ``verify`` raises InexactDraftError for others."""
+        """The draws it is exact for (certain nodes always are); ``verify`` raises InexactDraftError for others."""
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         """The accepted path and the tokens to emit."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a drafter is built from."""
+
+    target: Target
+    verifier: Verifier
+    draft_models: tuple[Any, ...] = ()  # models of the caller's for drafters that run one
+    options: Mapping[str, Any] = field(default_factory=dict)  # from "name:option=value,..."
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,12 @@ class RowNoise(Protocol):
     def draw(self, probs: Tensor, depth: int, stream: Stream = Stream.TARGET, index: int = 0) -> int:
         """A token from ``probs`` (V,), which need not be normalised."""
 
+    def gumbel(self, tokens: Tensor, depth: int) -> Tensor:
+        """The Gumbel noise (k,) that stream TARGET's ``draw`` adds to token ids ``tokens`` (k,) at this depth."""
+
+    def race(self, probs: Tensor, count: int, depth: int, index: int = 0) -> list[int]:
+        """At most ``count`` tokens drawn one after another without replacement, for drafting (stream DRAFT)."""
+
     def coin(self, prob: float, depth: int, index: int = 0) -> bool:
         """True with probability ``prob``; never for 0, always from 1 on."""
 
@@ -73,24 +79,44 @@ class PhiloxRowNoise:
     position: int
 
     def draw(self, probs: Tensor, depth: int, stream: Stream = Stream.TARGET, index: int = 0) -> int:
-        """argmax(log probs + Gumbel noise): a sample from ``probs`` (Gumbel-max); noise only where probs > 0."""
+        """A token from ``probs`` (V,).
+
+        For the target's own choice it is argmax(log probs + Gumbel noise): nearby distributions then mostly agree,
+        which is what couples a drafter with sample-and-match. Elsewhere one uniform number is inverted, which is
+        cheaper.
+        """
+        if stream is not Stream.TARGET:
+            reached = probs.double().cumsum(-1)
+            words = self._words(torch.arange(2, device=probs.device), depth, stream, index)
+            uniform = (words[0] * 2.0**32 + words[1] + 0.5) * 2.0**-64
+            token = int(torch.searchsorted(reached, uniform * reached[-1], right=True))
+            # Rounding may lead past the end, or onto the last token that has any mass.
+            return token if token < len(probs) and probs[token] > 0 else int(probs.nonzero()[-1])
         support = probs.nonzero().squeeze(-1)
         if support.numel() == 1:
             return int(support)
-        scores = probs[support].double().log() + self.gumbel(support, depth, stream, index)
-        return int(support[scores.argmax()])
+        return int(support[self._scores(probs, support, depth, stream, index).argmax()])
+
+    def race(self, probs: Tensor, count: int, depth: int, index: int = 0) -> list[int]:
+        """The ``count`` largest of log probs + Gumbel noise, in order (exponential race; Kool et al., 2019)."""
+        support = probs.nonzero().squeeze(-1)
+        best = self._scores(probs, support, depth, Stream.DRAFT, index).topk(min(count, support.numel())).indices
+        return support[best].tolist()
+
+    def _scores(self, probs: Tensor, support: Tensor, depth: int, stream: Stream, index: int) -> Tensor:
+        return probs[support].double().log() + self.gumbel(support, depth, stream, index)
 
     def gumbel(self, tokens: Tensor, depth: int, stream: Stream = Stream.TARGET, index: int = 0) -> Tensor:
         """Standard Gumbel noise (k,) in float64 for token ids ``tokens`` (k,)."""
-        uniform = self._uniform(tokens, depth, stream, index)
+        uniform = (self._words(tokens, depth, stream, index).double() + 0.5) * 2.0**-32
         return -torch.log(-torch.log(uniform))
 
     def coin(self, prob: float, depth: int, index: int = 0) -> bool:
-        uniform = self._uniform(torch.zeros(1, dtype=torch.long), depth, Stream.COIN, index)
-        return float(uniform) < prob
+        word = self._words(torch.zeros(1, dtype=torch.long), depth, Stream.COIN, index)
+        return (int(word) + 0.5) * 2.0**-32 < prob
 
-    def _uniform(self, tokens: Tensor, depth: int, stream: Stream, index: int) -> Tensor:
-        """Uniform (0, 1) numbers in float64, 32 bits each, one for each token id."""
+    def _words(self, tokens: Tensor, depth: int, stream: Stream, index: int) -> Tensor:
+        """Random 32-bit words (k,) as int64, one for each token id of ``tokens`` (k,)."""
         if not (0 <= depth < 2**12 and 0 <= index < 2**16):
             raise ValueError(f"depth must be below 4096 and index below 65536, got {depth} and {index}")
         # One position's number is the same in every step for TARGET; elsewhere the step (its first position) counts.
@@ -101,13 +127,10 @@ class PhiloxRowNoise:
         first, last = (int(tokens.min()) >> 2, int(tokens.max()) >> 2) if tokens.numel() else (0, 0)
         if last - first < tokens.numel():
             blocks = torch.arange(first, last + 1, device=tokens.device)
-            words = philox(blocks, position & _LOW, detail, self.row & _LOW, self.seed).T.reshape(-1)[
-                tokens - 4 * first
-            ]
-        else:
-            words = philox(tokens >> 2, position & _LOW, detail, self.row & _LOW, self.seed)
-            words = words.gather(0, (tokens & 3)[None]).squeeze(0)
-        return (words.double() + 0.5) * 2.0**-32
+            words = philox(blocks, position & _LOW, detail, self.row & _LOW, self.seed)
+            return words.T.reshape(-1)[tokens - 4 * first]
+        words = philox(tokens >> 2, position & _LOW, detail, self.row & _LOW, self.seed)
+        return words.gather(0, (tokens & 3)[None]).squeeze(0)
 
 
 def philox(counter: Tensor, c1: int, c2: int, c3: int, seed: int) -> Tensor:

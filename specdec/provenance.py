@@ -17,7 +17,12 @@ PACKAGES = ("torch", "transformers", "numpy", "accelerate", "tokenizers", "safet
 
 
 def collect(
-    command: Sequence[str], *, dtype: str, device: str, models: Mapping[str, Mapping[str, Any]], **settings: Any
+    command: Sequence[str],
+    *,
+    dtype: str,
+    device: str,
+    models: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that is needed to judge and repeat a measurement, ready for JSON.
 
@@ -47,7 +52,10 @@ def collect(
 
 def versions() -> dict[str, str | None]:
     """Versions of this package, Python and the packages that decide speed and results; None where one is absent."""
-    found: dict[str, str | None] = {"specdec": import_module("specdec").__version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "specdec": import_module("specdec").__version__,
+        "python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
@@ -122,7 +130,7 @@ def project_commit() -> tuple[str | None, bool | None]:
 def without_home(text: str) -> str:
     """``text`` with the home directory written as ~."""
     home = str(Path.home()).rstrip("/")
-    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if home else text
+    return re.sub(rf"(?<![\w./-]){re.escape(home)}(?![\w.-])", "~", text) if home else text
 
 
 def _clean(value: Any) -> Any:

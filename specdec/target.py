@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,6 +38,7 @@ class _Line:
 
     index: int  # buffer row
     length: int = 0  # slots that hold kept tokens
+    nodes: list[int] = field(default_factory=list)  # of the tree just scored: behind which slot each node stands
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +138,26 @@ class CausalLM:
             pending = [] if done else row.tokens[line.length : -1]
             chunks = self._prefill(row, pending)
             earlier.append(chunks)
-            parts.append(_Part(line, pending[len(chunks) * PREFILL_CHUNK :], tree, done))
+            compact, line.nodes = tree.compact()
+            num_done = len(set(line.nodes[:done]))
+            parts.append(_Part(line, pending[len(chunks) * PREFILL_CHUNK :], compact, num_done))
         results: list[Scores | None] = [None] * len(parts)
         for group in self._groups(parts):
             for i, scores in zip(group, self._forward([parts[i] for i in group]), strict=True):
                 results[i] = joined([*earlier[i], scores])
         for part in parts:
             part.line.length = part.base
-        return [r for r in results if r is not None]
+        return [
+            expanded(r, part.line.nodes[done:], part.num_scored)
+            for r, part, done in zip(results, parts, scored, strict=True)
+            if r is not None
+        ]
 
     def commit(self, rows: Sequence[Row], paths: Sequence[Sequence[int]]) -> None:
         """Keep the slots of the nodes ``paths`` (root first); they become the rows' next slots."""
         for row, path in zip(rows, paths, strict=True):
             line = self._lines[row]
+            path = [line.nodes[node] for node in path]
             first = next((i for i, node in enumerate(path) if node != i), len(path))
             if first < len(path):
                 source = torch.tensor([line.length + node for node in path[first:]], device=self.device)
@@ -203,7 +211,9 @@ class CausalLM:
             )
         context = getattr(self._config, "max_position_embeddings", None)
         if context is not None and row.num_prompt > context:
-            raise ValueError(f"the prompt has {row.num_prompt} tokens, but the model's context ends at {context}; shorten it")
+            raise ValueError(
+                f"the prompt has {row.num_prompt} tokens, but the model's context ends at {context}; shorten it"
+            )
         limit = self.support.max_positions
         if limit is not None and row.max_tokens > limit:
             raise ValueError(
@@ -283,6 +293,23 @@ class CausalLM:
             part.start == first.start and len(part.new_tokens) == size and (part.tree is None or part.tree.is_chain)
             for part in parts
         )
+
+
+def expanded(scores: Scores, nodes: Sequence[int], num_scored: int) -> Scores:
+    """``scores`` of united nodes for every node: ``nodes`` says which of them, ``num_scored`` are not in ``scores``."""
+    new = [node - num_scored for node in nodes]
+    count = scores.logits.shape[0]
+    if new == list(range(count)):
+        return scores
+    index = torch.tensor(new, device=scores.logits.device)
+    if min(new, default=0) < 0:
+        raise ValueError("a node that repeats an elder sibling must be scored together with it")
+
+    def behind(states: Tensor | None) -> Tensor | None:
+        # Prompt tokens stand before the nodes.
+        return None if states is None else torch.cat([states[:-count], states[-count:][index.to(states.device)]])
+
+    return Scores(scores.logits[index], behind(scores.hidden), behind(scores.features))
 
 
 def _slots(parts: Sequence[_Part], num_columns: int) -> Tensor:

@@ -131,9 +131,7 @@ def custom_generate(
         check_generation_config(generation_config)
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
         models = () if draft_model is None else (draft_model,)
-        proposer = (
-            make_drafter(drafter, DraftContext(target, rule.draws, models)) if isinstance(drafter, str) else drafter
-        )
+        proposer = make_drafter(drafter, DraftContext(target, rule, models)) if isinstance(drafter, str) else drafter
         batch = _Batch(input_ids, padding, generation_config, stopping_criteria, streamer)
         policy = make_policy(logits_processor, generation_config, batch.padding_tokens)
         noise = PhiloxNoise(int(torch.randint(2**62, ()).item()) if seed is None else seed)

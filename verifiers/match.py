@@ -22,6 +22,7 @@ class MatchVerifier:
 
     name: str = "match"
     lossless: bool = True
+    is_coupled: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:

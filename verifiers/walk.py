@@ -9,17 +9,17 @@ from specdec.interfaces import Verdict, Verifier
 from specdec.tree import TokenTree
 
 
-def check_draw(verifier: Verifier, tree: TokenTree) -> None:
+def check_draws(verifier: Verifier, tree: TokenTree) -> None:
     """Refuse a tree whose draws the verifier is not exact for.
 
     Raises:
         InexactDraftError: it would emit another distribution than the target's.
     """
-    if tree.draw not in verifier.draws and len(tree) > 1:
-        exact = ", ".join(sorted(verifier.draws))
+    if not tree.drawn <= verifier.draws:
+        exact = ", ".join(sorted(verifier.draws)) or "with certainty only"
         raise InexactDraftError(
-            f"verifier {verifier.name!r} is exact for trees drawn {exact}, got one drawn {tree.draw.value}; "
-            "use verifier 'match', which is exact for any tree"
+            f"verifier {verifier.name!r} is exact for nodes drawn {exact}, got some drawn "
+            f"{', '.join(sorted(tree.drawn - verifier.draws))}; use verifier 'match', which is exact for any tree"
         )
 
 

@@ -1,0 +1,59 @@
+"""Block verification of chains: rule 7 of docs/verification.md (Sun et al., 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdec.interfaces import TargetProbs, Verdict
+from specdec.noise import RowNoise, Stream
+from specdec.tree import Draw, TokenTree
+from specdec.verifiers.residual import DraftLeft, acceptance, normalised, subtract
+from specdec.verifiers.walk import check_draws, follow
+
+
+@dataclass(frozen=True, slots=True)
+class BlockVerifier:
+    """Decide on a chain as a whole: never accepts fewer tokens than token-level rejection.
+
+    With P_0 = 1 and P_i = min(1, P_(i-1) p(x_i) / q(x_i)), position i < g is kept with h_i = Z / (Z + 1 - P_i), where
+    Z is the sum of (P_i p(.|x_1..i) - q(.|x_1..i))+, and h_g = P_g. The largest kept position counts; then one token
+    comes from norm((P_i p - q)+), or from p behind the whole chain.
+    """
+
+    name: str = "block"
+    lossless: bool = True
+    is_coupled: bool = False
+    draws: frozenset[Draw] = frozenset(Draw)
+
+    def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
+        """Raises ValueError for a tree with branches: use 'traversal' there."""
+        check_draws(self, tree)
+        if not tree.is_chain:
+            raise ValueError("verifier 'block' takes chains only, got a tree with branches; use verifier 'traversal'")
+        if target.is_greedy:
+            return follow(tree, lambda node, _: target.best(node))
+        num_drafted = len(tree) - 1
+        kept, keep_prob = 0, 1.0
+        emitted_from = target.probs(0)
+        if num_drafted:
+            draft_probs = DraftLeft(tree).probs(1, emitted_from)
+            emitted_from = normalised(subtract(emitted_from, draft_probs, tree.tokens[1]), emitted_from)
+            here = target.probs(0)
+        for i in range(1, num_drafted + 1):
+            token = tree.tokens[i]
+            keep_prob = min(1.0, keep_prob * acceptance(float(here[token]), DraftLeft(tree).probs(i, here), token))
+            if keep_prob == 0.0:
+                break  # nothing behind a token that the target excludes can be kept
+            here = target.probs(i)
+            left, held = here, keep_prob
+            if i < num_drafted:
+                draft_probs = DraftLeft(tree).probs(i + 1, here)
+                left = subtract(keep_prob * here, draft_probs, tree.tokens[i + 1])
+                mass = float(left.sum())
+                held = mass / (mass + 1 - keep_prob) if mass > 0 else 0.0
+                left = normalised(left, here)
+            if noise.coin(held, i - 1):
+                kept, emitted_from = i, left
+        stream = Stream.TARGET if kept == num_drafted else Stream.RESIDUAL
+        last = noise.draw(emitted_from, kept, stream)
+        return Verdict(tuple(range(kept + 1)), (*tree.tokens[1 : kept + 1], last))
