@@ -18,7 +18,10 @@ ENTRY_POINTS = "specdec.drafters"
 DRAFTERS: dict[str, str] = {
     "none": "specdec.drafters.none",
     "ngram": "specdec.drafters.ngram",
+    "suffix": "specdec.drafters.suffix",
+    "recycling": "specdec.drafters.recycling",
     "model": "specdec.drafters.model",
+    "hybrid": "specdec.drafters.hybrid",
 }
 
 Build = Callable[[DraftContext], Drafter]

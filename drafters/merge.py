@@ -71,23 +71,3 @@ class _Merged:
             return TokenTree(tokens, parents, estimates=estimates)
         probs = torch.cat(self.draft_probs)
         return TokenTree(tokens, parents, tuple(self.sources), probs, tuple(self.draws), estimates)
-
-
-def best_part(tree: TokenTree, values: Sequence[float], num_nodes: int) -> TokenTree:
-    """The ``num_nodes`` nodes of highest value below the root, of a tree picked with certainty.
-
-    ``values`` (n,) must not grow from a parent to its child. Dropping a drawn node for its own probability would not
-    be exact, so trees with drawn nodes are refused.
-    """
-    if not tree.is_certain:
-        raise ValueError("only trees picked with certainty can be cut by value")
-    if len(tree) - 1 <= num_nodes:
-        return tree
-    ranked = sorted(range(1, len(tree)), key=lambda node: (-values[node], node))
-    nodes = [0, *sorted(ranked[:num_nodes])]
-    place = {node: i for i, node in enumerate(nodes)}
-    return TokenTree(
-        tuple(tree.tokens[node] for node in nodes),
-        tuple(place.get(tree.parents[node], -1) for node in nodes),
-        estimates=tuple(tree.estimates[node] for node in nodes) if tree.estimates else (),
-    )

@@ -148,6 +148,7 @@ class NgramDrafter:
         tokens, parents = [index.tokens[-1]], [-1]
         contexts = [tuple(index.tokens[-self.max_order :])]
         depths, gain = [0], 0.0
+        estimates = [1.0]
         taken: set[int] = set()
         heap: list[tuple[float, int, int]] = []  # (-probability, parent, token)
 
@@ -164,6 +165,7 @@ class NgramDrafter:
                 continue
             taken.add(parent)
             gain -= negative
+            estimates.append(-negative)
             tokens.append(token)
             parents.append(parent)
             contexts.append((*contexts[parent], token)[-self.max_order :])
@@ -171,7 +173,7 @@ class NgramDrafter:
             offer(len(tokens) - 1, -negative)
         if gain < self.min_gain:
             return TokenTree.root(tokens[0])
-        return TokenTree(tuple(tokens), tuple(parents))
+        return TokenTree(tuple(tokens), tuple(parents), estimates=tuple(estimates))
 
 
 def build(context: DraftContext) -> Drafter:

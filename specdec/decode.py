@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
+from specdec.budget import Budget, FixedBudget
 from specdec.defaults import DEFAULT_MAX_NODES
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetProbs, Verdict, Verifier
 from specdec.noise import Noise
@@ -38,7 +39,7 @@ class Decoder:
     policy: Policy
     noise: Noise
     stop: Callable[[Row], bool]  # asked after each emitted token
-    max_nodes: int = DEFAULT_MAX_NODES
+    budget: Budget = field(default_factory=lambda: FixedBudget(DEFAULT_MAX_NODES))
     clock: Callable[[], float] = time.perf_counter
 
     def run(self, rows: Iterable[Row], max_rows: int | None = None) -> Generator[Emission, None, None]:
@@ -69,9 +70,10 @@ class Decoder:
     def step(self, rows: Sequence[Row]) -> list[Emission]:
         """One pass for all rows: each emits at least one token."""
         started = self.clock()
-        limits = [Limit(row.num_left - 1, self.max_nodes, self.target.chain_only) for row in rows]
-        trees = self.drafter.propose(rows, limits, self.policy.params, self.noise)
-        _check_trees(rows, trees, limits, self.drafter.name)
+        limits = self.budget.limits(rows, self.target.chain_only)
+        proposed = self.drafter.propose(rows, limits, self.policy.params, self.noise)
+        _check_trees(rows, proposed, limits, self.drafter.name)
+        trees = self.budget.cut(rows, proposed)
         drafted = self.clock()
         scores = self.target.score(rows, trees)
         scored = self.clock()
@@ -84,6 +86,7 @@ class Decoder:
         finished = [self._emit(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
         verified = self.clock()
         self.drafter.observe(rows, trees, verdicts, scores)
+        self.budget.learn(rows, trees, verdicts, drafted - started, scored - drafted)
         seconds = (drafted - started + self.clock() - verified, scored - drafted, verified - scored)
         shares = [s / len(rows) for s in seconds]
         return [

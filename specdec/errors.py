@@ -18,7 +18,7 @@ class NonFiniteLogitsError(SpecdecError, ValueError):
 
 
 class InexactDraftError(SpecdecError, ValueError):
-    """A verifier was handed a tree whose draws it is not exact for."""
+    """A verifier was handed a tree whose draws or branches it is not exact for."""
 
 
 class ModelUnavailableError(SpecdecError, OSError):

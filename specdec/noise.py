@@ -87,7 +87,7 @@ class PhiloxRowNoise:
         """
         if stream is not Stream.TARGET:
             reached = probs.double().cumsum(-1)
-            words = self._words(torch.arange(2, device=probs.device), depth, stream, index)
+            words = self._words(torch.arange(2, device=probs.device), depth, stream, index).double()
             uniform = (words[0] * 2.0**32 + words[1] + 0.5) * 2.0**-64
             token = int(torch.searchsorted(reached, uniform * reached[-1], right=True))
             # Rounding may lead past the end, or onto the last token that has any mass.

@@ -52,7 +52,7 @@ class TokenTree:
             raise ValueError(f"a tree needs one parent for each token, got {n} tokens and {len(self.parents)} parents")
         if self.parents[0] != -1 or any(not 0 <= p < i for i, p in enumerate(self.parents[1:], 1)):
             raise ValueError(f"parents[0] must be -1 and 0 <= parents[i] < i for the rest, got {self.parents}")
-        if self.sources:
+        if self.sources or self.draws or self.draft_probs is not None:
             self._check_sources()
         self._check_siblings()
 
@@ -178,3 +178,23 @@ def ancestor_matrix(parents: Sequence[int]) -> NDArray[np.bool_]:
         if parent >= 0:
             seen[node] |= seen[parent]
     return seen
+
+
+def best_part(tree: TokenTree, values: Sequence[float], num_nodes: int) -> TokenTree:
+    """The ``num_nodes`` nodes of highest value below the root, of a tree picked with certainty.
+
+    ``values`` (n,) must not grow from a parent to its child. Dropping a drawn node for its own probability would not
+    be exact, so trees with drawn nodes are refused.
+    """
+    if not tree.is_certain:
+        raise ValueError("only trees picked with certainty can be cut by value")
+    if len(tree) - 1 <= num_nodes:
+        return tree
+    ranked = sorted(range(1, len(tree)), key=lambda node: (-values[node], node))
+    nodes = [0, *sorted(ranked[:num_nodes])]
+    place = {node: i for i, node in enumerate(nodes)}
+    return TokenTree(
+        tuple(tree.tokens[node] for node in nodes),
+        tuple(place.get(tree.parents[node], -1) for node in nodes),
+        estimates=tuple(tree.estimates[node] for node in nodes) if tree.estimates else (),
+    )

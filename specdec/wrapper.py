@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.budget import PassCosts, make_budget
 from specdec.decode import Decoder, Emission
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.drafters import make_drafter
@@ -49,6 +51,7 @@ def generate(
     draft_model: Any | None = None,
     seed: int | None = None,
     max_nodes: int = DEFAULT_MAX_NODES,
+    adaptive: bool = True,
     on_step: Callable[[Step], None] | None = None,
     streamer: Any | None = None,
     tokenizer: Any | None = None,
@@ -69,6 +72,8 @@ def generate(
         draft_model: for drafters that run a model.
         seed: of the sampling noise; None takes one from torch's generator, so ``torch.manual_seed`` governs it.
         max_nodes: the largest tree, in nodes below the root.
+        adaptive: size each step's trees by what they bring and cost on this machine, down to no draft at all (see
+            AdaptiveBudget); False: always up to ``max_nodes``.
         on_step: called with every step of every row.
         streamer, tokenizer, stop_strings, stopping_criteria, **kwargs: as for ``model.generate``.
 
@@ -95,7 +100,14 @@ def generate(
         # generate() would ask for the tokenizer that its hook cannot pass on.
         kwargs["stop_strings"] = None
     loop = custom_generate(
-        drafter, verifier, draft_model=draft_model, seed=seed, max_nodes=max_nodes, on_step=on_step, streamer=streamer
+        drafter,
+        verifier,
+        draft_model=draft_model,
+        seed=seed,
+        max_nodes=max_nodes,
+        adaptive=adaptive,
+        on_step=on_step,
+        streamer=streamer,
     )
     return model.generate(inputs, custom_generate=loop, stopping_criteria=criteria, **kwargs)
 
@@ -107,6 +119,7 @@ def custom_generate(
     draft_model: Any | None = None,
     seed: int | None = None,
     max_nodes: int = DEFAULT_MAX_NODES,
+    adaptive: bool = True,
     on_step: Callable[[Step], None] | None = None,
     streamer: Any | None = None,
 ) -> Callable[..., Any]:
@@ -115,8 +128,6 @@ def custom_generate(
     transformers hands such a callable neither the streamer nor the tokenizer: give the streamer here, and use
     :func:`generate` for stop strings.
     """
-    if max_nodes < 0:
-        raise ValueError(f"max_nodes must be 0 or more, got {max_nodes}")
     rule = make_verifier(verifier) if isinstance(verifier, str) else verifier
 
     def run(
@@ -132,10 +143,11 @@ def custom_generate(
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
         models = () if draft_model is None else (draft_model,)
         proposer = make_drafter(drafter, DraftContext(target, rule, models)) if isinstance(drafter, str) else drafter
+        budget = make_budget(max_nodes, adaptive, _COSTS.setdefault(model, PassCosts()))
         batch = _Batch(input_ids, padding, generation_config, stopping_criteria, streamer)
         policy = make_policy(logits_processor, generation_config, batch.padding_tokens)
         noise = PhiloxNoise(int(torch.randint(2**62, ()).item()) if seed is None else seed)
-        decoder = Decoder(target, proposer, rule, policy, noise, batch.stop, max_nodes)
+        decoder = Decoder(target, proposer, rule, policy, noise, batch.stop, budget)
         stats = Stats()
         for emission in decoder.run(batch.rows):
             stats.add(emission.step)
@@ -145,6 +157,10 @@ def custom_generate(
         return batch.result(stats)
 
     return run
+
+
+# What passes of a model cost here, for as long as it lives: a call starts where the last one ended.
+_COSTS: WeakKeyDictionary[Any, PassCosts] = WeakKeyDictionary()
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
@@ -67,14 +68,22 @@ class TwinRowNoise:
     row: int
     position: int
 
-    def uniform(self, depth: int, stream: Stream, index: int) -> list[float]:
+    def words(self, depth: int, stream: Stream, index: int) -> Tokens:
         if stream is Stream.TARGET:
             counter = (0, self.position + depth, 0, self.row)
         else:
             counter = (0, self.position, stream << 28 | depth << 16 | index, self.row)
-        return [(word + 0.5) * 2.0**-32 for word in scalar_philox(counter, self.seed)]
+        return scalar_philox(counter, self.seed)
+
+    def uniform(self, depth: int, stream: Stream, index: int) -> list[float]:
+        return [(word + 0.5) * 2.0**-32 for word in self.words(depth, stream, index)]
 
     def draw(self, probs: Tensor, depth: int, stream: Stream = Stream.TARGET, index: int = 0) -> int:
+        if stream is not Stream.TARGET:
+            high, low, _, _ = self.words(depth, stream, index)
+            reached = list(itertools.accumulate(probs.tolist()))
+            point = (high * 2.0**32 + low + 0.5) * 2.0**-64 * reached[-1]
+            return next(token for token, value in enumerate(reached) if value > point)
         uniform = self.uniform(depth, stream, index)
         scores = [
             (math.log(prob) - math.log(-math.log(u)), -token)

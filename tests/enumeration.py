@@ -12,7 +12,9 @@ from typing import TypeVar
 from torch import Tensor
 from toy import PROMPT, Tokens, ToyTarget, context
 
+from specdec.budget import FixedBudget
 from specdec.decode import Decoder
+from specdec.defaults import DEFAULT_MAX_NODES
 from specdec.interfaces import Drafter, Row, Verifier
 from specdec.noise import Noise, Stream
 from specdec.policy import ParamsPolicy, Policy
@@ -91,6 +93,15 @@ class ScriptedRowNoise:
         total = math.fsum(values)
         return support[self.noise.choose([values[token] / total for token in support])]
 
+    def race(self, probs: Tensor, count: int, depth: int, index: int = 0) -> list[int]:
+        self.noise.use((self.row, self.position, Stream.DRAFT, depth, index))
+        left, drawn = {token: value for token, value in enumerate(probs.tolist()) if value > 0}, list[int]()
+        while left and len(drawn) < count:
+            total = math.fsum(left.values())
+            drawn.append(list(left)[self.noise.choose([value / total for value in left.values()])])
+            del left[drawn[-1]]
+        return drawn
+
     def coin(self, prob: float, depth: int, index: int = 0) -> bool:
         assert not math.isnan(prob), "a coin was asked for with probability NaN"
         if prob <= 0 or prob >= 1:
@@ -129,6 +140,7 @@ class Loop:
     target: ToyTarget = field(default_factory=ToyTarget)
     policy: Policy = field(default_factory=lambda: ParamsPolicy(SamplingParams()))
     stop_token: int | None = None
+    max_nodes: int = DEFAULT_MAX_NODES
 
     def decoder(self, noise: Noise) -> Decoder:
         return Decoder(
@@ -138,6 +150,7 @@ class Loop:
             policy=self.policy,
             noise=noise,
             stop=lambda row: row.tokens[-1] == self.stop_token,
+            budget=FixedBudget(self.max_nodes),
             clock=lambda: 0.0,
         )
 
@@ -147,6 +160,19 @@ class Loop:
         for _ in self.decoder(noise).run(rows):
             pass
         return [tuple(row.tokens[row.num_prompt :]) for row in rows]
+
+
+def first_step(loop: Loop, prompt: Tokens = PROMPT, num_left: int = 9) -> dict[Hashable, float]:
+    """The exact distribution of what the first pass does for one row: accepted nodes and emitted tokens."""
+
+    def step(noise: Noise) -> tuple[Tokens, Tokens]:
+        rows = [Row(0, list(prompt), len(prompt) + num_left)]
+        loop.target.open(rows)
+        loop.drafter.begin(rows)
+        done = loop.decoder(noise).step(rows)[0].step
+        return done.nodes[1:], done.tokens
+
+    return {**enumerate_outcomes(step)}
 
 
 def whole_joint(loop: Loop, num_tokens: int) -> dict[Hashable, float]:

@@ -7,6 +7,7 @@ changes one thing of it; ``mutated`` makes the same kind of change in the text o
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from types import ModuleType
 import torch
 from enumeration import ScriptedNoise, ScriptedRowNoise
 from torch import Tensor
-from toy import INDEPENDENT, Kind, pick_top
+from toy import Child, DrawToken, Kind, Origin, top, without
 
 from specdec.interfaces import TargetProbs, Verdict
 from specdec.noise import PhiloxRowNoise, RowNoise, Stream
@@ -23,27 +24,27 @@ from specdec.tree import Draw, TokenTree
 
 @dataclass(frozen=True)
 class CopiedRejection:
-    """Rules 4 and 5 once more, in pieces that a mutant can replace. This one is exact."""
+    """Rules 2 to 6 once more, in pieces that a mutant can replace. This one is exact."""
 
     name: str = "mutant"
     lossless: bool = True
+    is_coupled: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         nodes, tokens = [0], list[int]()
         while True:
             accepted, left, last = None, target.probs(nodes[-1]), 0
-            draft_probs: Tensor | None = None
+            rows: dict[int, Tensor] = {}
             for order, child in enumerate(self.order(tree, nodes[-1])):
-                assert tree.draft_probs is not None
-                last = child
-                if draft_probs is None or tree.draw is Draw.INDEPENDENT:
-                    draft_probs = tree.draft_probs[tree.sources[child]]
-                token = tree.tokens[child]
+                last, token, source = child, tree.tokens[child], tree.source(child)
+                draft_probs = rows[source] if source in rows else drawn_from(tree, child)
                 if self.accept(noise, float(left[token] / draft_probs[token]), len(tokens), order, child):
                     accepted = child
                     break
-                left, draft_probs = self.residual(left, draft_probs), self.reject(draft_probs, token)
+                left = self.residual(left, draft_probs)
+                if source >= 0 and tree.draws[source] is Draw.WITHOUT_REPLACEMENT:
+                    rows[source] = self.reject(draft_probs, token)
             if accepted is None:
                 tokens.append(self.emit(noise, target, nodes, left, last, len(tokens)))
                 return Verdict(tuple(nodes), tuple(tokens))
@@ -101,6 +102,16 @@ class PrunesSiblings(CopiedRejection):
 
     def order(self, tree: TokenTree, node: int) -> list[int]:
         return [child for child in tree.children()[node] if _own_prob(tree, child) > 0.25]
+
+
+class TriesTopChildrenFirst(CopiedRejection):
+    """Rule 6, but the top children come first, each with its p, and then the drawn one is judged by the same p."""
+
+    def order(self, tree: TokenTree, node: int) -> list[int]:
+        return sorted(tree.children()[node], key=lambda child: tree.source(child) >= 0)
+
+    def residual(self, left: Tensor, draft_probs: Tensor) -> Tensor:
+        return left if draft_probs.max() == 1 else super().residual(left, draft_probs)
 
 
 class EmitsFromTarget(CopiedRejection):
@@ -174,25 +185,60 @@ class EndsTextOnNan(CopiedRejection):
         return super().emit(noise, target, nodes, left, last, depth)
 
 
-def _own_prob(tree: TokenTree, node: int) -> float:
+def drawn_from(tree: TokenTree, node: int) -> Tensor:
+    """What ``node`` was drawn from before any of its siblings was; all mass on its token if it was certain."""
+    if tree.source(node) < 0:
+        assert tree.draft_probs is not None
+        return torch.zeros_like(tree.draft_probs[0]).index_fill_(0, torch.tensor(tree.tokens[node]), 1.0)
     assert tree.draft_probs is not None
-    return float(tree.draft_probs[tree.sources[node], tree.tokens[node]])
+    return tree.draft_probs[tree.source(node)]
 
 
-LYING_TOP_K = Kind(INDEPENDENT.draw, pick_top)  # the top k of q, declared as drawn from q
+def _own_prob(tree: TokenTree, node: int) -> float:
+    return float(drawn_from(tree, node)[tree.tokens[node]])
+
+
+def _lying_top_k(tables: Sequence[Tensor], k: int, draw: DrawToken) -> list[Child]:
+    origin = Origin(Draw.INDEPENDENT, tables[0])
+    return [(token, origin) for token in top(tables[0], k)]
+
+
+def _whole_plus_one(tables: Sequence[Tensor], k: int, draw: DrawToken) -> list[Child]:
+    best = top(tables[0], k - 1)
+    drawn = draw(without(tables[0], best))
+    return [(drawn, Origin(Draw.INDEPENDENT, tables[0])), *((token, None) for token in best)]
+
+
+def _unscaled_plus_one(tables: Sequence[Tensor], k: int, draw: DrawToken) -> list[Child]:
+    best = top(tables[0], k - 1)
+    rest = without(tables[0], best)
+    unscaled = torch.where(rest > 0, tables[0], 0.0)
+    return [(draw(rest), Origin(Draw.INDEPENDENT, unscaled)), *((token, None) for token in best)]
+
+
+def _peeking(tables: Sequence[Tensor], k: int, draw: DrawToken) -> list[Child]:
+    origin = Origin(Draw.INDEPENDENT, tables[0])
+    drawn = draw(tables[0])
+    return [(next(t for t in top(tables[0], 2) if t != drawn), None), (drawn, origin)]
+
+
+LYING_TOP_K = Kind("top k declared as drawn from q", _lying_top_k)
+WHOLE_PLUS_ONE = Kind("top plus one with q for q'", _whole_plus_one)
+UNSCALED_PLUS_ONE = Kind("top plus one with q' not renormalised", _unscaled_plus_one)
+PEEKING = Kind("certain child that depends on a younger draw", _peeking)
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeNoise:
-    """Draws walk every branch, but coins are those of a real noise class whose uniform number came out 0."""
+    """Draws walk every branch, but coins are those of a real noise class whose random words came out 0."""
 
     draws: ScriptedNoise
     row_noise: type[PhiloxRowNoise] = PhiloxRowNoise
 
     def at(self, row: int, position: int) -> EdgeRowNoise:
         class Zero(self.row_noise):  # type: ignore[misc, name-defined]
-            def _uniform(self, tokens: Tensor, depth: int, stream: Stream, index: int) -> Tensor:
-                return torch.zeros(len(tokens), dtype=torch.float64)
+            def _words(self, tokens: Tensor, depth: int, stream: Stream, index: int) -> Tensor:
+                return torch.zeros(len(tokens), dtype=torch.long)
 
         return EdgeRowNoise(self.draws.at(row, position), Zero(0, row, position))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 from toy import CERTAIN, INDEPENDENT, TWO_MODELS, UNBALANCED, Kind, ToyDrafter, ToyTarget, chain, full
 
+from specdec.budget import FixedBudget
 from specdec.decode import Decoder
 from specdec.drafters.none import NoDrafter
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, TargetProbs, Verdict
@@ -27,7 +28,7 @@ def make(drafter: Drafter, target: ToyTarget | None = None, stop: int | None = N
         policy=ParamsPolicy(SamplingParams()),
         noise=PhiloxNoise(3),
         stop=lambda row: row.tokens[-1] == stop,
-        max_nodes=6,
+        budget=FixedBudget(6),
     )
 
 
@@ -60,7 +61,9 @@ class Journal:
             raise RuntimeError("the draft model broke")
         return [TokenTree.root(row.tokens[-1]) for row in rows]
 
-    def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict], scores: Sequence[Scores]) -> None:
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None:
         assert len(rows) == len(verdicts) == len(scores)
         for row, verdict in zip(rows, verdicts, strict=True):
             assert tuple(row.tokens[-row.num_new :]) == verdict.tokens[: row.num_new]
@@ -187,7 +190,9 @@ class Fixed:
         trees = [TokenTree.chain(row.tokens[-1] if self.root is None else self.root, self.tokens) for row in rows]
         return trees[: self.num_trees]
 
-    def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict], scores: Sequence[Scores]) -> None: ...
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None: ...
 
     def end(self, rows: Sequence[Row]) -> None: ...
 

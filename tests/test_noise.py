@@ -85,7 +85,7 @@ def test_the_fast_twin_of_the_tests_answers_as_the_real_noise_does() -> None:
         assert real.coin(prob, depth, index) == twin.coin(prob, depth, index)
 
 
-@pytest.mark.parametrize("kind", [CERTAIN, INDEPENDENT, WITHOUT_REPLACEMENT], ids=lambda kind: kind.draw.value)
+@pytest.mark.parametrize("kind", [CERTAIN, INDEPENDENT, WITHOUT_REPLACEMENT], ids=lambda kind: kind.name)
 def test_whole_runs_with_the_twin_equal_runs_with_the_real_noise(kind: Kind) -> None:
     loop = Loop(ToyDrafter(kind, full(2, 2)), RejectionVerifier())
     assert list(sample_many(loop, PhiloxNoise(2024), 3, 60)) == list(sample_many(loop, TwinNoise(2024), 3, 60))
@@ -175,22 +175,62 @@ def test_coins_fall_as_often_as_they_should(prob: float) -> None:
     assert g_test(coins, {True: prob, False: 1 - prob}) > 1e-6
 
 
-def test_a_coin_of_probability_zero_never_falls_and_of_one_always_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def fixed_words(monkeypatch: pytest.MonkeyPatch, *words: int) -> PhiloxRowNoise:
+    """Real noise whose generator gives ``words`` over and over."""
+
+    def words_for(counter: Tensor, *_: int) -> Tensor:
+        return torch.tensor([words[i % len(words)] for i in range(4)])[:, None].expand(4, len(counter))
+
+    monkeypatch.setattr("specdec.noise.philox", words_for)
+    return PhiloxNoise(0).at(0, 0)
+
+
+@pytest.mark.parametrize(("word", "at_half"), [(0, True), (2**31, False), (ONES, False)])
+def test_a_coin_of_probability_zero_never_falls_and_of_one_always_does(
+    word: int, at_half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards ``<=`` for ``<``: a token of probability 0 would be accepted whenever the uniform number is 0."""
-    for extreme, at_half in ((0.0, True), (0.5, False), (1 - 2.0**-33, False)):
-        monkeypatch.setattr(PhiloxRowNoise, "_uniform", lambda *_, u=extreme: torch.tensor([u], dtype=torch.float64))
-        noise = PhiloxNoise(0).at(0, 0)
-        assert not noise.coin(0.0, 0)
-        assert noise.coin(1.0, 0)
-        assert noise.coin(1.5, 0)
-        assert noise.coin(0.5, 0) == at_half
+    noise = fixed_words(monkeypatch, word)
+    assert not noise.coin(0.0, 0)
+    assert noise.coin(1.0, 0)
+    assert noise.coin(1.5, 0)
+    assert noise.coin(0.5, 0) == at_half
 
 
-def test_uniform_numbers_are_never_zero_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("word", [0, ONES])
+def test_uniform_numbers_are_never_zero_or_one(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards log(0): the extreme words 0 and 2**32 - 1 must give finite Gumbel noise."""
-    for word in (0, ONES):
-        monkeypatch.setattr("specdec.noise.philox", lambda counter, *_, w=word: torch.full((4, len(counter)), w))
-        assert PhiloxNoise(0).at(0, 0).gumbel(torch.arange(9), 0).isfinite().all()
+    assert fixed_words(monkeypatch, word).gumbel(torch.arange(9), 0).isfinite().all()
+
+
+@pytest.mark.parametrize("stream", Stream)
+@pytest.mark.parametrize(("word", "token"), [(0, 1), (ONES, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_extreme_numbers_draw_no_token_without_mass(
+    stream: Stream, word: int, token: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the ends of the inverted distribution, where rounding can lead outside."""
+    drawn = fixed_words(monkeypatch, word).draw(torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=dtype), 0, stream)
+    assert drawn == (token if stream is not Stream.TARGET else 3)
+
+
+def test_a_draw_has_more_than_float32_to_choose_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a uniform number rounded to float32, which is 1 at 1 - 2**-30: improbable tokens then never come."""
+    noise = fixed_words(monkeypatch, 2**32 - 4, 0)
+    probs = torch.tensor([1 - 2.0**-30, 2.0**-31, 2.0**-31], dtype=torch.float64)
+    assert noise.draw(probs, 0, Stream.DRAFT) == 1
+
+
+def test_a_race_is_draws_one_after_another_without_replacement() -> None:
+    """G-test of the first two of four tokens, 2500 rows; odds 1e-6. No more tokens than have any mass."""
+    weights = torch.tensor([0.5, 0.0, 3.0, 1.5, 1.0])
+    noise = PhiloxNoise(29)
+    pairs = [tuple(noise.at(row, 5).race(weights, 2, 1, 3)) for row in range(2500)]
+    probs = (weights / weights.sum()).tolist()
+    tokens = [token for token, prob in enumerate(probs) if prob > 0]
+    expected = {(a, b): probs[a] * probs[b] / (1 - probs[a]) for a, b in itertools.permutations(tokens, 2)}
+    assert g_test(pairs, expected) > 1e-6
+    assert sorted(noise.at(0, 5).race(weights, 9, 1)) == tokens
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

@@ -63,7 +63,10 @@ def test_a_chain_has_no_branches(parents: tuple[int, ...], expected: bool) -> No
 
 def test_a_drawn_chain_names_the_row_of_draft_probs_for_each_node() -> None:
     tree = TokenTree.chain(5, [1, 2], PROBS)
-    assert (tree.tokens, tree.parents, tree.sources, tree.draw) == ((5, 1, 2), (-1, 0, 1), (-1, 0, 1), Draw.INDEPENDENT)
+    assert (tree.tokens, tree.parents, tree.sources) == ((5, 1, 2), (-1, 0, 1), (-1, 0, 1))
+    assert tree.draws == (Draw.INDEPENDENT, Draw.INDEPENDENT)
+    assert tree.drawn == {Draw.INDEPENDENT}
+    assert not tree.is_certain
     assert tree.draft_probs is PROBS
     assert tree.is_chain
 
@@ -91,34 +94,57 @@ def test_parents_that_form_no_tree_are_refused(tokens: tuple[int, ...], parents:
         TokenTree(tokens, parents)
 
 
-@pytest.mark.parametrize("draw", [Draw.CERTAIN, Draw.WITHOUT_REPLACEMENT, Draw.TOP_PLUS_ONE])
-def test_equal_siblings_are_refused_unless_drawn_with_replacement(draw: Draw) -> None:
+BOTH = (Draw.INDEPENDENT, Draw.WITHOUT_REPLACEMENT)
+
+
+def test_equal_siblings_are_refused_where_they_cannot_have_been_chosen() -> None:
     """Guards rules 2 and 5, which are wrong for duplicates. Cousins may be equal."""
-    certain = draw is Draw.CERTAIN
-    rest = () if certain else (PROBS, (-1, 0, 0, 1))
-    with pytest.raises(ValueError, match="siblings must hold different tokens"):
-        TokenTree((9, 1, 1), (-1, 0, 0), draw, *(() if certain else (PROBS, (-1, 0, 0))))
-    assert len(TokenTree((9, 1, 2, 1), (-1, 0, 0, 2), draw, *rest)) == 4
+    for sources, draws in (((), ()), ((-1, 0, 0), (Draw.WITHOUT_REPLACEMENT,)), ((-1, -1, -1), (Draw.INDEPENDENT,))):
+        with pytest.raises(ValueError, match="siblings of one source must hold different tokens"):
+            TokenTree((9, 1, 1), (-1, 0, 0), sources, PROBS[:1] if draws else None, draws)
+    assert len(TokenTree((9, 1, 2, 1), (-1, 0, 0, 2))) == 4
 
 
-def test_equal_siblings_drawn_with_replacement_are_kept() -> None:
-    assert TokenTree((9, 1, 1), (-1, 0, 0), Draw.INDEPENDENT, PROBS, (-1, 0, 1)).children()[0] == [1, 2]
+def test_equal_siblings_of_different_origin_or_independent_draws_are_kept() -> None:
+    """Merged trees need them: each is an attempt of its own."""
+    assert TokenTree((9, 1, 1), (-1, 0, 0), (-1, 0, 0), PROBS[:1], BOTH[:1]).children()[0] == [1, 2]
+    tree = TokenTree((9, 1, 1, 1), (-1, 0, 0, 0), (-1, 1, -1, 0), PROBS, BOTH)
+    assert [tree.source(node) for node in range(4)] == [-1, 1, -1, 0]
+    assert tree.drawn == set(BOTH)
 
 
-@pytest.mark.parametrize("sources", [(), (-1,), (-1, 2), (-1, -1), (-1, 0, 0)])
+def test_a_tree_without_drawn_nodes_is_certain() -> None:
+    assert TREE.is_certain
+    assert TREE.source(3) == -1
+    assert TokenTree((9, 1), (-1, 0), (-1, -1), PROBS, BOTH).is_certain
+
+
+@pytest.mark.parametrize("sources", [(), (-1,), (-1, 2), (-1, -2), (-1, 0, 0)])
 def test_sources_must_name_a_row_for_each_node(sources: tuple[int, ...]) -> None:
+    """Guards forgotten sources: the verifier would take drawn tokens for certain ones."""
     with pytest.raises(ValueError, match="sources must name one of the 2 rows"):
-        TokenTree((9, 1), (-1, 0), Draw.INDEPENDENT, PROBS, sources)
+        TokenTree((9, 1), (-1, 0), sources, PROBS, BOTH)
 
 
-@pytest.mark.parametrize("probs", [None, PROBS[0]])
-def test_a_drawn_tree_needs_the_distributions_it_was_drawn_from(probs: torch.Tensor | None) -> None:
-    with pytest.raises(ValueError, match="needs draft_probs of shape"):
-        TokenTree((9, 1), (-1, 0), Draw.INDEPENDENT, probs, (-1, 0))
+@pytest.mark.parametrize(("probs", "draws"), [(None, BOTH[:1]), (PROBS[0], BOTH), (PROBS, BOTH[:1]), (PROBS, ())])
+def test_drawn_nodes_need_the_distributions_that_they_were_drawn_from(
+    probs: torch.Tensor | None, draws: tuple[Draw, ...]
+) -> None:
+    with pytest.raises(ValueError, match="drawn nodes need draft_probs of shape"):
+        TokenTree((9, 1), (-1, 0), (-1, 0), probs, draws)
 
 
-def test_a_certain_tree_carries_no_distributions() -> None:
-    """Guards a forgotten ``draw=``: the verifier would take drawn tokens for certain ones."""
-    for rest in ((PROBS, (-1, 0)), (PROBS,), (None, (-1, 0))):
-        with pytest.raises(ValueError, match="name its draw or leave them out"):
-            TokenTree((9, 1), (-1, 0), Draw.CERTAIN, *rest)
+def test_a_row_of_draft_probs_belongs_to_one_parent() -> None:
+    """Guards draws without replacement that would lose tokens to their cousins."""
+    with pytest.raises(ValueError, match="a row of draft_probs belongs to the children of one node"):
+        TokenTree((9, 1, 2), (-1, 0, 1), (-1, 0, 0), PROBS[:1], BOTH[:1])
+
+
+def test_nodes_of_equal_path_are_united_for_scoring() -> None:
+    """Guards the cache: each node's place is one with the same path, and a tree without repeats stays itself."""
+    tokens, parents = (9, 1, 1, 2, 2, 1, 3), (-1, 0, 0, 1, 2, 0, 4)
+    tree = TokenTree(tokens, parents, (-1, 0, 0, -1, -1, -1, -1), PROBS[:1], BOTH[:1])
+    compact, where = tree.compact()
+    assert len(compact) == 4
+    assert [compact.path_tokens(place) for place in where] == [tree.path_tokens(node) for node in range(7)]
+    assert TREE.compact() == (TREE, list(range(7)))

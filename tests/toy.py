@@ -19,7 +19,6 @@ from specdec.tree import Draw, TokenTree
 
 Tokens = tuple[int, ...]
 Shape = tuple["Shape", ...]  # the subtrees below a node, in draw order; () is a leaf
-Pick = Callable[[Sequence[Tensor], int, Callable[[Tensor], int]], list[tuple[int, int]]]
 
 PROMPT: Tokens = (0, 1)
 
@@ -71,50 +70,100 @@ class ToyTarget:
         self.open_keys -= {row.key for row in rows}
 
 
-def pick_top(draft_probs: Sequence[Tensor], k: int, draw: Callable[[Tensor], int]) -> list[tuple[int, int]]:
-    return [(int(token), 0) for token in draft_probs[0].argsort(descending=True, stable=True)[:k]]
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """What drawn siblings declare: one row of ``draft_probs``."""
+
+    draw: Draw
+    probs: Tensor  # (V,)
 
 
-def pick_independent(draft_probs: Sequence[Tensor], k: int, draw: Callable[[Tensor], int]) -> list[tuple[int, int]]:
-    """Sibling i comes from table i (modulo their number), as from several draft models."""
-    return [(draw(draft_probs[i % len(draft_probs)]), i % len(draft_probs)) for i in range(k)]
+Child = tuple[int, Origin | None]  # a token, and what it was drawn from; None: picked with certainty
+DrawToken = Callable[[Tensor], int]
+Pick = Callable[[Sequence[Tensor], int, DrawToken], list[Child]]  # rows (V,) of the tables, how many, how to draw
 
 
-def pick_without_replacement(
-    draft_probs: Sequence[Tensor], k: int, draw: Callable[[Tensor], int]
-) -> list[tuple[int, int]]:
-    left, picks = draft_probs[0].clone(), list[tuple[int, int]]()
-    while len(picks) < k and float(left.sum()) > 0:
-        picks.append((draw(left), 0))
-        left[picks[-1][0]] = 0
-    return picks
+def top(probs: Tensor, k: int) -> list[int]:
+    tokens: list[int] = probs.argsort(descending=True, stable=True)[:k].tolist()
+    return tokens
 
 
-def pick_top_plus_one(draft_probs: Sequence[Tensor], k: int, draw: Callable[[Tensor], int]) -> list[tuple[int, int]]:
-    """The last child is always the drawn one: no more children than tokens that can be drawn."""
-    k = min(k, int((draft_probs[0] > 0).sum()))
-    top = pick_top(draft_probs, k - 1, draw)
-    rest = draft_probs[0].clone()
-    rest[[token for token, _ in top]] = 0
-    return [*top, (draw(rest), 0)]
+def without(probs: Tensor, tokens: Sequence[int]) -> Tensor:
+    left = probs.clone()
+    left[list(tokens)] = 0
+    return left / left.sum()
+
+
+def pattern(*draws: Draw | None) -> Pick:
+    """Child i comes from table i and is drawn as ``draws[i]`` says, both over and over. None: the best token left."""
+
+    def pick(tables: Sequence[Tensor], k: int, draw: DrawToken) -> list[Child]:
+        origins = {(how, i): Origin(how, q) for how in Draw for i, q in enumerate(tables)}
+        left = [q.clone() for q in tables]  # of the siblings drawn without replacement
+        certain, picks = iter(top(tables[0], len(tables[0]))), list[Child]()
+        for i in range(k):
+            how, source = draws[i % len(draws)], i % len(tables)
+            if how is None:
+                picks.append((next(certain), None))
+            elif how is Draw.INDEPENDENT:
+                picks.append((draw(tables[source]), origins[how, source]))
+            elif float(left[source].sum()) > 0:
+                picks.append((draw(left[source]), origins[how, source]))
+                left[source][picks[-1][0]] = 0
+        return picks
+
+    return pick
+
+
+def pick_top_plus_one(tables: Sequence[Tensor], k: int, draw: DrawToken) -> list[Child]:
+    """Greedy multi-draft: first one drawn from q without its best k - 1 tokens, then those."""
+    k = min(k, int((tables[0] > 0).sum()))
+    best = top(tables[0], k - 1)
+    rest = Origin(Draw.INDEPENDENT, without(tables[0], best))
+    return [(draw(rest.probs), rest), *((token, None) for token in best)]
+
+
+def pick_fill_up(tables: Sequence[Tensor], k: int, draw: DrawToken) -> list[Child]:
+    """One drawn, then the best tokens beside it: what is certain may depend on elder draws."""
+    origin = Origin(Draw.INDEPENDENT, tables[0])
+    drawn = draw(tables[0])
+    return [(drawn, origin), *((t, None) for t in top(tables[0], len(tables[0])) if t != drawn)][:k]
+
+
+def pick_by_context(tables: Sequence[Tensor], k: int, draw: DrawToken) -> list[Child]:
+    """Some nodes' children are certain and those of others drawn, as q alone decides."""
+    return pattern(None if top(tables[0], 1) == [0] else Draw.INDEPENDENT)(tables, k, draw)
+
+
+def pick_shared(tables: Sequence[Tensor], k: int, draw: DrawToken) -> list[Child]:
+    return [(draw(tables[0]), None)]
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A way to choose children, and what it declares."""
+    """A way to choose children."""
 
-    draw: Draw
+    name: str
     pick: Pick
     num_tables: int = 1
     stream: Stream = Stream.DRAFT
 
 
-CERTAIN = Kind(Draw.CERTAIN, pick_top)
-INDEPENDENT = Kind(Draw.INDEPENDENT, pick_independent)
-TWO_MODELS = Kind(Draw.INDEPENDENT, pick_independent, num_tables=2)
-WITHOUT_REPLACEMENT = Kind(Draw.WITHOUT_REPLACEMENT, pick_without_replacement)
-TOP_PLUS_ONE = Kind(Draw.TOP_PLUS_ONE, pick_top_plus_one)
-COUPLED = Kind(Draw.CERTAIN, pick_independent, stream=Stream.TARGET)  # chains only: one draw for each position
+_REPLACED, _GROUP = Draw.INDEPENDENT, Draw.WITHOUT_REPLACEMENT
+CERTAIN = Kind("certain", pattern(None))
+INDEPENDENT = Kind("independent", pattern(_REPLACED))
+TWO_MODELS = Kind("two models", pattern(_REPLACED), num_tables=2)
+WITHOUT_REPLACEMENT = Kind("without replacement", pattern(_GROUP))
+TWO_GROUPS = Kind("two groups", pattern(_GROUP), num_tables=2)
+TOP_PLUS_ONE = Kind("top plus one", pick_top_plus_one)
+FILL_UP = Kind("fill up", pick_fill_up)
+CERTAIN_FIRST = Kind("certain first", pattern(None, _REPLACED, _REPLACED))
+CERTAIN_LAST = Kind("certain last", pattern(_REPLACED, None, None))
+GROUP_LAST = Kind("group last", pattern(None, _GROUP, _GROUP))
+GROUP_AROUND = Kind("group around certain", pattern(_GROUP, None, _GROUP))
+ALL_KINDS = Kind("all kinds", pattern(_GROUP, _REPLACED, None, _GROUP), num_tables=3)
+BY_CONTEXT = Kind("certain or drawn by context", pick_by_context)
+COUPLED = Kind("coupled", pick_shared, stream=Stream.TARGET)  # chains only: one draw for each position
 
 LEAF: Shape = ()
 
@@ -129,15 +178,20 @@ def full(*widths: int) -> Shape:
 
 
 UNBALANCED: Shape = (chain(1), LEAF)  # the child drawn first has a child, the second has none
+UNEVEN: Shape = (chain(1), full(2))  # one grandchild below the child drawn first, two below the second
 
 
 @dataclass(slots=True)
 class ToyDrafter:
-    """A real drafter over lookup tables: each draw is noise.at(row, position).draw(probs, depth, stream, node)."""
+    """A real drafter over lookup tables: each draw is noise.at(row, position).draw(probs, depth, stream, node).
+
+    Nothing is drafted below a token that the first table gives less than ``min_prob``.
+    """
 
     kind: Kind
     shape: Shape
     vocab: int = 3
+    min_prob: float = 0.0
     seed: int = 11
     name: str = "toy"
     begun: set[int] = field(default_factory=set)
@@ -159,29 +213,38 @@ class ToyDrafter:
         ]
 
     def _tree(self, row: Row, limit: Limit, noise: RowNoise) -> TokenTree:
-        tokens, parents, sources = [row.tokens[-1]], [-1], [-1]
-        probs = list[Tensor]()
+        tokens, parents, origins = [row.tokens[-1]], [-1], list[Origin | None]([None])
         waiting: list[tuple[int, int, int, Shape]] = [(0, row.tokens[-2], 0, self.shape)]
         while waiting:
             node, before, depth, below = waiting.pop(0)
-            if not below or depth >= limit.depth:
+            num = min(len(below), limit.nodes + 1 - len(tokens))
+            if num <= 0 or depth >= limit.depth:
                 continue
             here = [each[before * self.vocab + tokens[node]] for each in self.tables]
-            indices = iter(range(len(tokens), len(tokens) + len(below)))
+            indices = iter(range(len(tokens), len(tokens) + num))
             draw = lambda q, depth=depth, indices=indices: noise.draw(q, depth, self.kind.stream, next(indices))  # noqa: E731
-            picks = self.kind.pick(here, len(below), draw)
-            for (token, source), subtree in zip(picks, below, strict=False):
-                waiting.append((len(tokens), tokens[node], depth + 1, subtree))
+            for (token, origin), subtree in zip(self.kind.pick(here, num, draw), below, strict=False):
+                is_sure = float(here[0][token]) >= self.min_prob
+                waiting.append((len(tokens), tokens[node], depth + 1, subtree if is_sure else LEAF))
                 tokens.append(token)
                 parents.append(node)
-                sources.append(len(probs) + source)
-            probs += here
-        if self.kind.draw is Draw.CERTAIN or len(tokens) == 1:
-            return TokenTree(tuple(tokens), tuple(parents))
-        return TokenTree(tuple(tokens), tuple(parents), self.kind.draw, torch.stack(probs), tuple(sources))
+                origins.append(origin)
+        return _declared(tokens, parents, origins)
 
-    def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict], scores: Sequence[Scores]) -> None:
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None:
         pass
 
     def end(self, rows: Sequence[Row]) -> None:
         self.begun -= {row.key for row in rows}
+
+
+def _declared(tokens: Sequence[int], parents: Sequence[int], origins: Sequence[Origin | None]) -> TokenTree:
+    """The tree in which every drawn node names its origin's row."""
+    rows = list(dict.fromkeys(origin for origin in origins if origin is not None))
+    if not rows:
+        return TokenTree(tuple(tokens), tuple(parents))
+    sources = tuple(-1 if origin is None else rows.index(origin) for origin in origins)
+    probs = torch.stack([origin.probs for origin in rows])
+    return TokenTree(tuple(tokens), tuple(parents), sources, probs, tuple(origin.draw for origin in rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specdec.errors import InexactDraftError
 from specdec.interfaces import TargetProbs, Verdict
 from specdec.noise import RowNoise, Stream
 from specdec.tree import Draw, TokenTree
@@ -26,10 +27,12 @@ class BlockVerifier:
     draws: frozenset[Draw] = frozenset(Draw)
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
-        """Raises ValueError for a tree with branches: use 'traversal' there."""
+        """Raises InexactDraftError for a tree with branches too."""
         check_draws(self, tree)
         if not tree.is_chain:
-            raise ValueError("verifier 'block' takes chains only, got a tree with branches; use verifier 'traversal'")
+            raise InexactDraftError(
+                "verifier 'block' is exact for chains, got a tree with branches; use verifier 'traversal'"
+            )
         if target.is_greedy:
             return follow(tree, lambda node, _: target.best(node))
         num_drafted = len(tree) - 1

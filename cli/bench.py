@@ -1,0 +1,104 @@
+"""``specdec bench``: how fast the drafters are on this machine, against transformers' generate(), and whether the
+tokens are the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdec.cli import options
+from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
+from specdec.models import DEFAULT_MODEL
+from specdec.prompts import BUILTIN
+
+EXAMPLE = "Example: specdec bench --limit 8 --max-new-tokens 48 --drafter ngram --drafter ngram:max_order=2 --output bench.json"
+
+
+def bench(
+    target: options.Target = DEFAULT_MODEL,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--drafter",
+            metavar="NAME[:OPTION=VALUE,...]",
+            help=f"A drafter to measure; give it again for more. Default: {DEFAULT_DRAFTER}, or model with a draft model.",
+        ),
+    ] = None,
+    drafter_model: options.DrafterModel = None,
+    verifier: options.Verifier = DEFAULT_VERIFIER,
+    prompts: Annotated[
+        str, typer.Option(metavar="FILE", help=f"JSONL in Spec-Bench's form or with prompts; {BUILTIN}: our own suite.")
+    ] = BUILTIN,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Take the first N prompts only.")] = None,
+    max_new_tokens: options.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts that are generated together.")] = 1,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
+    adaptive: options.Adaptive = True,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write all numbers here.")] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write every step here.")] = None,
+) -> None:
+    """Measure drafters against Hugging Face generate() and compare their tokens.
+
+    In one process, prompt by prompt in turn: generate(), its prompt lookup (and assisted generation, with a draft
+    model), our own loop without drafts, and each drafter. Status 1 if tokens differ for another reason than rounding.
+    """
+    output, trace = (path.expanduser() if path else None for path in (output, trace))
+    _check_paths(prompts, output, trace)
+    from specdec.cli.benchmark import run_bench
+    from specdec.cli.files import write_json
+    from specdec.cli.progress import progress
+    from specdec.cli.results import BenchConfig
+    from specdec.cli.summary import summarise
+    from specdec.cli.table import print_summary
+
+    config = BenchConfig(
+        target=target,
+        drafters=tuple(drafter or ()),
+        drafter_model=drafter_model,
+        verifier=verifier,
+        prompts=prompts,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+        max_nodes=max_nodes,
+        adaptive=adaptive,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trace=trace,
+    )
+    with progress() as tell:
+        results = run_bench(config, command=["specdec", *sys.argv[1:]], tell=tell)
+    summary = summarise(results)
+    if output is not None:
+        write_json(output, summary)
+    print_summary(summary)
+    if results.is_partial:
+        raise typer.Exit(130)
+    if any(row["match"]["unexplained"] for row in summary["rows"]):
+        raise typer.Exit(1)
+
+
+def _check_paths(prompts: str, output: Path | None, trace: Path | None) -> None:
+    """Refuse files that cannot be written, or that would overwrite each other or the prompts."""
+    from specdec.cli.files import check_writable
+
+    taken = {} if prompts == BUILTIN else {Path(prompts).expanduser().resolve(): "the prompts"}
+    for what, path in (("--output", output), ("--trace", trace)):
+        if path is None:
+            continue
+        other = taken.setdefault(path.resolve(), what)
+        if other != what and (path.is_file() or not path.exists()):
+            raise ValueError(f"{what} and {other} are the same file, {path}; name another")
+        check_writable(path, what)

@@ -1,0 +1,230 @@
+"""The measurement behind ``specdec bench``: all methods in one process, interleaved prompt by prompt.
+
+``run_bench`` is what the command calls; it knows nothing of tables or files but the trace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from specdec.budget import PassCosts, make_budget
+from specdec.cli.loading import Loaded, check_prompt, context_limit, eos_ids, load, model_facts
+from specdec.cli.matching import Judge
+from specdec.cli.measure import (
+    HF_ASSISTED,
+    HF_GENERATE,
+    HF_LOOKUP,
+    PLAIN,
+    Batch,
+    Clock,
+    HfGenerate,
+    Method,
+    Output,
+    Speculative,
+)
+from specdec.cli.options import set_threads
+from specdec.cli.progress import Tell
+from specdec.cli.results import BenchConfig, Group, Question, Results, Turn
+from specdec.defaults import DEFAULT_VERIFIER
+from specdec.drafters import make_drafter, parse_drafter
+from specdec.drafters.model import check_vocabulary
+from specdec.interfaces import DraftContext
+from specdec.prompts import Prompt, load_prompts, render_turns
+from specdec.provenance import collect
+from specdec.sampling import SamplingParams
+from specdec.target import CausalLM
+from specdec.trace import TraceWriter
+from specdec.verifiers import make_verifier
+
+WARM_UP_TOKENS = 8
+
+
+def run_bench(
+    config: BenchConfig,
+    *,
+    command: Sequence[str] = ("run_bench",),
+    tell: Tell | None = None,
+    clock: Clock = time.perf_counter,
+) -> Results:
+    """Measure; Ctrl-C ends it early with what was complete by then, marked partial.
+
+    Raises:
+        ValueError, OSError: bad input, before anything is measured.
+    """
+    set_threads(config.threads)
+    prompts = load_prompts(config.prompts, limit=config.limit)
+    loaded = load(config.target, config.drafter_model, config.dtype, config.device)
+    methods, skipped = build_methods(config, loaded, clock)
+    _check_prompts(config, loaded, prompts)
+    judge = Judge(loaded.model, SamplingParams(config.temperature), config.seed)
+    results = Results(config, methods, skipped, _provenance(config, loaded, command, len(prompts)), judge)
+    bench = _Bench(config, loaded, results, tell or (lambda _done, _total, _what: None))
+    questions = [Question(number, prompt) for number, prompt in enumerate(prompts)]
+    with ExitStack() as stack:
+        stack.enter_context(_silent_transformers())
+        trace = stack.enter_context(TraceWriter(config.trace, results.provenance)) if config.trace else None
+        bench.measure(questions, trace)
+    return results
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Assisted generation warns of its own nested calls; that is nothing a reader of the table can mend."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[list[Method], list[dict[str, str]]]:
+    """What will be measured, and what will not and why. All our own methods share one engine."""
+    ends, rule = eos_ids(loaded.model), make_verifier(config.verifier)
+    skipped: list[dict[str, str]] = []
+    costs = PassCosts()  # one machine, one target: what one method's passes cost holds for all
+
+    def hf(name: str, draft_model: Any | None = None) -> HfGenerate:
+        return HfGenerate(name, loaded.model, ends, config.temperature, config.seed, draft_model, clock)
+
+    def own(name: str, spec: str | None) -> Speculative:
+        # Where nothing is drafted every exact rule is the same; a lossy one must not touch the reference.
+        verifier = rule if spec else make_verifier(DEFAULT_VERIFIER)
+        proposer = make_drafter(spec or "none", DraftContext(loaded.engine, verifier, loaded.draft_models))
+        sampling = (ends, config.temperature, config.seed)
+        budget = make_budget(config.max_nodes, config.adaptive and spec is not None, costs)
+        return Speculative(name, spec, loaded.engine, proposer, verifier, *sampling, budget, clock)
+
+    methods: list[Method] = [hf(HF_GENERATE)]
+    for name, drafts in ((HF_LOOKUP, (None,)), (HF_ASSISTED, loaded.draft_models)):
+        for draft in drafts:
+            if config.batch_size > 1:
+                skipped.append({"method": name, "reason": "transformers supports it at batch size 1 only"})
+                continue
+            if draft is not None:
+                check_vocabulary(CausalLM(draft), loaded.engine)
+            methods.append(hf(name, draft))
+    methods.append(own(PLAIN, None))
+    methods += [own(parse_drafter(spec)[0], spec) for spec in config.drafter_specs]
+    return methods, skipped
+
+
+def _check_prompts(config: BenchConfig, loaded: Loaded, prompts: Sequence[Prompt]) -> None:
+    """Refuse what would fail in the middle. Answers are counted at their longest: they are not known yet."""
+    for prompt in prompts:
+        for turn in range(len(prompt.turns)):
+            ids = render_turns(loaded.tokenizer, prompt, [""] * turn)
+            what = f"question {prompt.question_id}" + (f", turn {turn + 1} (with its earlier answers)" if turn else "")
+            check_prompt(loaded.engine, ids, (turn + 1) * config.max_new_tokens, what)
+
+
+def _provenance(config: BenchConfig, loaded: Loaded, command: Sequence[str], num_prompts: int) -> dict[str, Any]:
+    models = {"target": model_facts(config.target)}
+    if config.drafter_model is not None:
+        models["drafter"] = model_facts(config.drafter_model)
+    settings = {**asdict(config), "drafters": config.drafter_specs, "num_prompts": num_prompts}
+    settings |= {"context_limit": context_limit(loaded.engine), "trees": not loaded.engine.chain_only}
+    return collect(command, dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=settings)
+
+
+@dataclass(slots=True)
+class _Bench:
+    """One run through all prompts."""
+
+    config: BenchConfig
+    loaded: Loaded
+    results: Results
+    tell: Tell
+    num_runs: int = 0
+    num_turns: int = 0
+
+    def measure(self, questions: Sequence[Question], trace: TraceWriter | None) -> None:
+        size = self.config.batch_size
+        groups = [Group(tuple(questions[i : i + size])) for i in range(0, len(questions), size)]
+        total = sum(max(len(q.prompt.turns) for q in group.questions) for group in groups) * len(self.results.methods)
+        try:
+            self._warm_up(groups[0])
+            for number, group in enumerate(groups):
+                self._measure(group, total)
+                # A group counts once every method has done all of it.
+                self.results.groups.append(group)
+                if trace is not None:
+                    write_group(trace, group, number)
+        except KeyboardInterrupt:
+            self.results.is_partial = True
+            return
+        if trace is not None:
+            trace.end()
+
+    def _warm_up(self, group: Group) -> None:
+        """A few tokens with each method; our own loop first, because it tells broken logits for what they are.
+
+        The prompts are the first ones backwards: as long, but nothing that a drafter could learn from.
+        """
+        self.tell(0, 1, "warming up")
+        batch = self._batch(group.questions, [()] * len(group.questions))
+        backwards = tuple(ids[::-1] for ids in batch.prompts)
+        short = Batch(backwards, batch.keys, min(WARM_UP_TOKENS, self.config.max_new_tokens))
+        for method in sorted(self.results.methods, key=lambda m: m.name != PLAIN):
+            method.run(short)
+
+    def _measure(self, group: Group, total: int) -> None:
+        answers: dict[int, tuple[str, ...]] = {q.number: () for q in group.questions}
+        for turn in range(max(len(q.prompt.turns) for q in group.questions)):
+            questions = tuple(q for q in group.questions if len(q.prompt.turns) > turn)
+            batch = self._batch(questions, [answers[q.number] for q in questions])
+            outputs = {method: self._run(method, batch, total) for method in self._rotated()}
+            group.turns.append(Turn(questions, batch, outputs))
+            baseline = outputs[self.results.methods[0]]
+            for question, ids in zip(questions, baseline.tokens, strict=True):
+                text = self.loaded.tokenizer.decode(ids, skip_special_tokens=True)
+                answers[question.number] += (text,)
+
+    def _batch(self, questions: Sequence[Question], answers: Sequence[Sequence[str]]) -> Batch:
+        prompts = []
+        for question, given in zip(questions, answers, strict=True):
+            ids = render_turns(self.loaded.tokenizer, question.prompt, given)
+            check_prompt(self.loaded.engine, ids, self.config.max_new_tokens, f"question {question.prompt.question_id}")
+            prompts.append(tuple(ids))
+        return Batch(tuple(prompts), tuple(q.number for q in questions), self.config.max_new_tokens)
+
+    def _rotated(self) -> list[Method]:
+        """The methods, beginning with another one each turn: nobody always runs right behind the same one."""
+        first = self.num_turns % len(self.results.methods)
+        self.num_turns += 1
+        return self.results.methods[first:] + self.results.methods[:first]
+
+    def _run(self, method: Method, batch: Batch, total: int) -> Output:
+        self.tell(self.num_runs, total, method.drafter or method.name)
+        output = method.run(batch)
+        self.num_runs += 1
+        return output
+
+
+def write_group(trace: TraceWriter, group: Group, number: int) -> None:
+    """The trace of one group: for each turn and method the steps, then the outputs."""
+    for index, turn in enumerate(group.turns):
+        for method, output in turn.outputs.items():
+            names = {"method": method.name, "drafter": method.drafter, "verifier": method.verifier}
+            labels = {
+                q.number: {**names, "question_id": q.prompt.question_id, "category": q.prompt.category, "turn": index}
+                for q in turn.questions
+            }
+            for step in output.steps:
+                trace.step(step, **labels[step.row])
+            for question, ids, tokens in zip(turn.questions, turn.batch.prompts, output.tokens, strict=True):
+                trace.output(
+                    tokens,
+                    wall_s=output.total_s,
+                    prefill_s=output.first_s,
+                    **labels[question.number],
+                    group=number,
+                    num_rows=len(turn.questions),
+                    num_prompt_tokens=len(ids),
+                )

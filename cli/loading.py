@@ -1,0 +1,87 @@
+"""Models, tokenizers and what a run must know of them, for the commands that generate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from specdec.models import is_fetched, known_models, load_model, load_tokenizer, model_path
+from specdec.target import CausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A target, ready to decode."""
+
+    engine: CausalLM
+    tokenizer: Any
+    draft_models: tuple[Any, ...]  # none or one
+
+    @property
+    def model(self) -> Any:
+        return self.engine.model
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+
+def load(target: str, draft_model: str | None, dtype: str, device: str) -> Loaded:
+    """Load what is named; a built-in model that is not here yet is fetched.
+
+    Raises:
+        ModelUnavailableError, UnsupportedModelError, ValueError: in words that say what to do.
+    """
+    model = load_model(target, dtype=dtype, device=device, progress=_tell)
+    tokenizer = load_tokenizer(target, progress=_tell)
+    drafts = () if draft_model is None else (load_model(draft_model, dtype=dtype, device=device, progress=_tell),)
+    return Loaded(CausalLM(model), tokenizer, drafts)
+
+
+def eos_ids(model: Any) -> frozenset[int]:
+    """The token ids that end a text: those of the model's generation config, as in generate()."""
+    ids = model.generation_config.eos_token_id
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def context_limit(engine: CausalLM) -> int | None:
+    """The positions that the model was made for; None if its config does not say."""
+    config = engine.model.config.get_text_config()
+    limits = (engine.support.max_positions, getattr(config, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def check_prompt(engine: CausalLM, ids: list[int], max_new_tokens: int, what: str) -> None:
+    """Refuse a prompt that the model has no room or no tokens for; ``what`` names it.
+
+    Raises:
+        ValueError: empty, too long with its new tokens, or ids outside the vocabulary.
+    """
+    if not ids:
+        raise ValueError(f"{what} is empty: it has no tokens; write some text")
+    if min(ids) < 0 or max(ids) >= engine.vocab_size:
+        raise ValueError(
+            f"{what} has token ids up to {max(ids)}, but the model knows {engine.vocab_size}: the tokenizer does not belong to it"
+        )
+    limit = context_limit(engine)
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        room = max(limit - len(ids), 0)
+        raise ValueError(
+            f"{what} needs {len(ids)} tokens and {max_new_tokens} new ones, which is past the model's context of {limit}; "
+            + (f"ask for at most {room} new tokens or shorten it" if room else "shorten it")
+        )
+
+
+def model_facts(name: str) -> dict[str, Any]:
+    """What provenance says of a model: its id, and for a built-in one where its weights come from."""
+    facts: dict[str, Any] = {"id": name}
+    if name in [known.name for known in known_models()] and is_fetched(name):
+        source = json.loads((model_path(name) / "specdec_source.json").read_text("utf-8"))
+        facts |= {key: source[key] for key in ("source", "sha256", "member", "conversion_version")}
+    return facts
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,60 @@
+"""Options that several commands share, each with its help text. Defaults come from specdec.defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target", metavar="MODEL", help="The model to generate with: a built-in name, a folder or a Hub id."
+    ),
+]
+DrafterModel = Annotated[
+    str | None, typer.Option("--drafter-model", metavar="MODEL", help="The draft model, for drafters that run one.")
+]
+Verifier = Annotated[str, typer.Option("--verifier", metavar="NAME", help="The verification rule; see specdec doctor.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", help="The most tokens to generate for one prompt.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 is greedy decoding.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Of the sampling noise; the same seed gives the same text.")
+]
+MaxNodes = Annotated[
+    int, typer.Option("--max-nodes", metavar="N", help="The largest draft tree, in tokens; 0 drafts nothing.")
+]
+Adaptive = Annotated[
+    bool,
+    typer.Option(
+        "--adaptive/--fixed",
+        help="Size each tree by what it brings and costs here, down to none; or always --max-nodes.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16; auto is float32 on the CPU."),
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda; auto is cuda where there is a GPU.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", metavar="N", help="CPU threads of the model; torch's own choice by default.")
+]
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use ``threads`` CPU threads.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)

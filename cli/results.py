@@ -1,0 +1,101 @@
+"""What a bench is asked for and what it measured, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdec.cli.matching import Judge
+from specdec.cli.measure import Batch, Method, Output
+from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
+from specdec.drafters import parse_drafter
+from specdec.models import DEFAULT_MODEL, resolve_device, resolve_dtype
+from specdec.noise import PhiloxNoise
+from specdec.prompts import BUILTIN, Prompt
+from specdec.sampling import SamplingParams
+from specdec.verifiers import make_verifier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """What to measure.
+
+    Raises:
+        ValueError: a number outside its range, or a name that nothing has.
+    """
+
+    target: str = DEFAULT_MODEL
+    drafters: tuple[str, ...] = ()  # none named: the default one, or "model" where a draft model is given
+    drafter_model: str | None = None
+    verifier: str = DEFAULT_VERIFIER
+    prompts: str = BUILTIN
+    limit: int | None = None
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    batch_size: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+    max_nodes: int = DEFAULT_MAX_NODES
+    adaptive: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("max_nodes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        SamplingParams(self.temperature)
+        PhiloxNoise(self.seed)
+        make_verifier(self.verifier)
+        resolve_dtype(self.dtype, resolve_device(self.device))
+        for text in self.drafters:
+            parse_drafter(text)
+
+    @property
+    def drafter_specs(self) -> list[str]:
+        """The drafters to measure, each once; plain decoding is always measured and is no drafter."""
+        default = DEFAULT_DRAFTER if self.drafter_model is None else "model"
+        return [spec for spec in dict.fromkeys(self.drafters or (default,)) if parse_drafter(spec)[0] != "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and its number in the file, which names its noise."""
+
+    number: int
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a group: the same batch through every method."""
+
+    questions: tuple[Question, ...]  # (B,)
+    batch: Batch
+    outputs: dict[Method, Output]
+
+
+@dataclass(slots=True)
+class Group:
+    """Questions that are generated together, with all their turns: one measurement of each method."""
+
+    questions: tuple[Question, ...]
+    turns: list[Turn] = field(default_factory=list)
+
+    def seconds(self, method: Method) -> float:
+        return sum(turn.outputs[method].total_s for turn in self.turns)
+
+
+@dataclass(slots=True)
+class Results:
+    """Everything that was measured."""
+
+    config: BenchConfig
+    methods: list[Method]
+    skipped: list[dict[str, str]]  # method and reason
+    provenance: dict[str, Any]
+    judge: Judge
+    groups: list[Group] = field(default_factory=list)
+    is_partial: bool = False

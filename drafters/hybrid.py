@@ -1,0 +1,136 @@
+"""Several drafters as one: their trees are merged under one node budget, best estimates first.
+
+Where the text repeats itself prompt lookup is nearly always right; elsewhere another drafter still has a guess. The
+hybrid learns how much each drafter's estimates are worth and gives the budget to the best nodes of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from specdec.budget import Calibration
+from specdec.drafters.merge import merge
+from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
+from specdec.noise import Noise
+from specdec.sampling import SamplingParams
+from specdec.tree import TokenTree, best_part
+
+
+@dataclass(slots=True)
+class HybridDrafter:
+    """Merges the trees of ``parts``.
+
+    Drawn trees are kept whole, because a drawn node must not be dropped for being improbable; what they leave of the
+    budget goes to the nodes that the others picked. An estimate is calibrated for each part by what was accepted, and
+    where two parts propose the same node their evidence adds up.
+    """
+
+    parts: Sequence[Drafter]
+    name: str = "hybrid"
+    _calibrations: list[Calibration] = field(init=False)
+    _proposed: dict[Row, list[TokenTree]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.parts) < 2:
+            raise ValueError(f"a hybrid needs at least two drafters, got {len(self.parts)}")
+        self._calibrations = [Calibration() for _ in self.parts]
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        for part in self.parts:
+            part.begin(rows)
+
+    def propose(
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+    ) -> list[TokenTree]:
+        proposals = [part.propose(rows, limits, params, noise) for part in self.parts]
+        trees = []
+        for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+            own = [self._calibrated(k, proposal[i]) for k, proposal in enumerate(proposals)]
+            self._proposed[row] = [proposal[i] for proposal in proposals]
+            trees.append(_combine(own, limit))
+        return trees
+
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None:
+        for row, tree, verdict in zip(rows, trees, verdicts, strict=True):
+            for calibration, proposal in zip(self._calibrations, self._proposed[row], strict=True):
+                _learn(calibration, proposal, tree, verdict)
+        for part in self.parts:
+            part.observe(rows, trees, verdicts, scores)
+
+    def end(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._proposed.pop(row, None)
+        for part in self.parts:
+            part.end(rows)
+
+    def _calibrated(self, part: int, tree: TokenTree) -> TokenTree:
+        if not tree.estimates:
+            return tree
+        value = self._calibrations[part].value
+        values = [1.0]
+        for node in range(1, len(tree)):
+            values.append(min(values[tree.parents[node]], value(tree.estimates[node])))
+        return replace(tree, estimates=tuple(values))
+
+
+def _combine(trees: Sequence[TokenTree], limit: Limit) -> TokenTree:
+    """The drawn trees whole, then the best nodes that were picked, up to the limit."""
+    drawn = [tree for tree in trees if not tree.is_certain]
+    picked = [tree for tree in trees if tree.is_certain and len(tree) > 1]
+    if limit.chain_only:
+        return max(drawn + picked, key=_worth, default=trees[0])
+    whole: list[TokenTree] = []
+    room = limit.nodes
+    for tree in drawn:
+        if len(tree) - 1 <= room:
+            whole.append(tree)
+            room -= len(tree) - 1
+    if not picked:
+        return merge(whole or [TokenTree.root(trees[0].tokens[0])])
+    union = merge(picked)
+    return merge([*whole, best_part(union, union.estimates or (1.0,) * len(union), room)])
+
+
+def _worth(tree: TokenTree) -> float:
+    return sum(tree.estimates[1:]) if tree.estimates else float(len(tree) - 1)
+
+
+def _learn(calibration: Calibration, proposal: TokenTree, verified: TokenTree, verdict: Verdict) -> None:
+    """Count the proposed nodes that were verified: which of them lie on the accepted path."""
+    if not proposal.estimates:
+        return
+    known = {(-1, verified.tokens[0]): 0}
+    for node in range(1, len(verified)):
+        known.setdefault((verified.parents[node], verified.tokens[node]), node)
+    accepted = set(verdict.nodes)
+    where = [0]
+    for node in range(1, len(proposal)):
+        parent = where[proposal.parents[node]]
+        place = known.get((parent, proposal.tokens[node]), -1) if parent >= 0 else -1
+        where.append(place)
+        if place >= 0:
+            calibration.learn(proposal.estimates[node], place in accepted)
+
+
+def build(context: DraftContext) -> Drafter:
+    """Options: parts (names joined by +, such as parts=ngram+recycling; options of the parts as part.option=value)."""
+    return _build(context, **context.options)
+
+
+def _build(context: DraftContext, parts: str = "ngram+recycling", **options: Any) -> Drafter:
+    from specdec.drafters import make_drafter
+
+    names = parts.split("+")
+    stray = [key for key in options if key.split(".")[0] not in names]
+    if stray:
+        raise ValueError(f"hybrid options are parts=A+B or part.option=value for one of {names}, got {stray}")
+    made = []
+    for name in names:
+        own = {key.split(".", 1)[1]: value for key, value in options.items() if key.startswith(name + ".")}
+        text = name + (":" + ",".join(f"{key}={value}" for key, value in own.items()) if own else "")
+        made.append(make_drafter(text, context))
+    return HybridDrafter(made)
