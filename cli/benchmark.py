@@ -57,7 +57,9 @@ def run_bench(
     """
     set_threads(config.threads)
     prompts = load_prompts(config.prompts, limit=config.limit)
-    loaded = load(config.target, config.drafter_model, config.dtype, config.device)
+    loaded = load(
+        config.target, config.drafter_model, config.dtype, config.device, accelerate=config.accelerate, compare=True
+    )
     methods, skipped = build_methods(config, loaded, clock)
     _check_prompts(config, loaded, prompts)
     judge = Judge(loaded.model, SamplingParams(config.temperature), config.seed)
@@ -96,7 +98,7 @@ def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[li
     def own(name: str, spec: str | None) -> Speculative:
         # Where nothing is drafted every exact rule is the same; a lossy one must not touch the reference.
         verifier = rule if spec else make_verifier(DEFAULT_VERIFIER)
-        proposer = make_drafter(spec or "none", DraftContext(loaded.engine, verifier, loaded.draft_models))
+        proposer = make_drafter(spec or "none", DraftContext(loaded.engine, verifier, loaded.own_draft_models))
         sampling = (ends, config.temperature, config.seed)
         budget = make_budget(config.max_nodes, config.adaptive and spec is not None, costs)
         return Speculative(name, spec, loaded.engine, proposer, verifier, *sampling, budget, clock)

@@ -42,6 +42,7 @@ def generate(
     seed: options.Seed = 0,
     max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
     adaptive: options.Adaptive = True,
+    accelerate: options.Accelerate = True,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -73,7 +74,7 @@ def generate(
     params, noise = SamplingParams(temperature, top_k, top_p, min_p), PhiloxNoise(seed)
     parse_drafter(drafter)
     rule = make_verifier(verifier)
-    loaded = load(target, drafter_model, dtype, device)
+    loaded = load(target, drafter_model, dtype, device, accelerate=accelerate)
     ids = _render(loaded.tokenizer, text, system, chat)
     check_prompt(loaded.engine, ids, max_new_tokens, "the prompt")
     decoder = _decoder(loaded, drafter, rule, params, noise, budget)
@@ -100,7 +101,7 @@ def _decoder(loaded: Loaded, drafter: str, rule: Any, params: Any, noise: Any, b
     from specdec.policy import ParamsPolicy
 
     ends = eos_ids(loaded.model)
-    proposer = make_drafter(drafter, DraftContext(loaded.engine, rule, loaded.draft_models))
+    proposer = make_drafter(drafter, DraftContext(loaded.engine, rule, loaded.own_draft_models))
     policy = ParamsPolicy(params)
     return Decoder(loaded.engine, proposer, rule, policy, noise, lambda row: row.tokens[-1] in ends, budget)
 

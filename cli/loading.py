@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from specdec.accelerate import accelerated
 from specdec.models import is_fetched, known_models, load_model, load_tokenizer, model_path
 from specdec.target import CausalLM
 
@@ -15,21 +16,23 @@ from specdec.target import CausalLM
 class Loaded:
     """A target, ready to decode."""
 
-    engine: CausalLM
+    model: Any  # as transformers runs it
+    engine: CausalLM  # as we run it: on a CPU with packed layers, unless that was declined
     tokenizer: Any
-    draft_models: tuple[Any, ...]  # none or one
-
-    @property
-    def model(self) -> Any:
-        return self.engine.model
+    draft_models: tuple[Any, ...]  # none or one, as transformers runs them
+    own_draft_models: tuple[Any, ...]  # the same, as we run them
 
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def load(target: str, draft_model: str | None, dtype: str, device: str) -> Loaded:
+def load(
+    target: str, draft_model: str | None, dtype: str, device: str, *, accelerate: bool = True, compare: bool = False
+) -> Loaded:
     """Load what is named; a built-in model that is not here yet is fetched.
+
+    With ``compare`` transformers is to run the models as well, which keeps a second copy of what is accelerated.
 
     Raises:
         ModelUnavailableError, UnsupportedModelError, ValueError: in words that say what to do.
@@ -37,7 +40,11 @@ def load(target: str, draft_model: str | None, dtype: str, device: str) -> Loade
     model = load_model(target, dtype=dtype, device=device, progress=_tell)
     tokenizer = load_tokenizer(target, progress=_tell)
     drafts = () if draft_model is None else (load_model(draft_model, dtype=dtype, device=device, progress=_tell),)
-    return Loaded(CausalLM(model), tokenizer, drafts)
+
+    def ours(plain: Any) -> Any:
+        return accelerated(plain, in_place=not compare) if accelerate else plain
+
+    return Loaded(model, CausalLM(ours(model)), tokenizer, drafts, tuple(map(ours, drafts)))
 
 
 def eos_ids(model: Any) -> frozenset[int]:

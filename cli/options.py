@@ -33,6 +33,12 @@ Adaptive = Annotated[
         help="Size each tree by what it brings and costs here, down to none; or always --max-nodes.",
     ),
 ]
+Accelerate = Annotated[
+    bool,
+    typer.Option(
+        "--accelerate/--no-accelerate", help="On a CPU, run the models with packed layers; the tokens are the same."
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16; auto is float32 on the CPU."),

@@ -37,6 +37,7 @@ class BenchConfig:
     seed: int = 0
     max_nodes: int = DEFAULT_MAX_NODES
     adaptive: bool = True
+    accelerate: bool = True
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None

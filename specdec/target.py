@@ -90,7 +90,8 @@ class CausalLM:
         self.model_s = 0.0
         self.num_passes = 0
         self.support: Support = inspect_model(model)
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        head = model.get_output_embeddings()
+        self.vocab_size: int = getattr(head, "out_features", None) or head.weight.shape[0]
         self._clock = clock
         self._config = model.config.get_text_config()
         self._lines: dict[Row, _Line] = {}

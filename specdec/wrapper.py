@@ -21,6 +21,7 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.accelerate import accelerated_copy
 from specdec.budget import PassCosts, make_budget
 from specdec.decode import Decoder, Emission
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
@@ -52,6 +53,7 @@ def generate(
     seed: int | None = None,
     max_nodes: int = DEFAULT_MAX_NODES,
     adaptive: bool = True,
+    accelerate: bool = False,
     on_step: Callable[[Step], None] | None = None,
     streamer: Any | None = None,
     tokenizer: Any | None = None,
@@ -74,6 +76,8 @@ def generate(
         max_nodes: the largest tree, in nodes below the root.
         adaptive: size each step's trees by what they bring and cost on this machine, down to no draft at all (see
             AdaptiveBudget); False: always up to ``max_nodes``.
+        accelerate: on a CPU, run a copy of the models with packed linear layers, which takes a second copy of their
+            weights for as long as the models live; elsewhere nothing changes.
         on_step: called with every step of every row.
         streamer, tokenizer, stop_strings, stopping_criteria, **kwargs: as for ``model.generate``.
 
@@ -106,6 +110,7 @@ def generate(
         seed=seed,
         max_nodes=max_nodes,
         adaptive=adaptive,
+        accelerate=accelerate,
         on_step=on_step,
         streamer=streamer,
     )
@@ -120,6 +125,7 @@ def custom_generate(
     seed: int | None = None,
     max_nodes: int = DEFAULT_MAX_NODES,
     adaptive: bool = True,
+    accelerate: bool = False,
     on_step: Callable[[Step], None] | None = None,
     streamer: Any | None = None,
 ) -> Callable[..., Any]:
@@ -138,12 +144,13 @@ def custom_generate(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        target = CausalLM(model)
+        ours = accelerated_copy if accelerate else lambda plain: plain
+        target = CausalLM(ours(model))
         check_generation_config(generation_config)
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
-        models = () if draft_model is None else (draft_model,)
+        models = () if draft_model is None else (ours(draft_model),)
         proposer = make_drafter(drafter, DraftContext(target, rule, models)) if isinstance(drafter, str) else drafter
-        budget = make_budget(max_nodes, adaptive, _COSTS.setdefault(model, PassCosts()))
+        budget = make_budget(max_nodes, adaptive, _COSTS.setdefault(target.model, PassCosts()))
         batch = _Batch(input_ids, padding, generation_config, stopping_criteria, streamer)
         policy = make_policy(logits_processor, generation_config, batch.padding_tokens)
         noise = PhiloxNoise(int(torch.randint(2**62, ()).item()) if seed is None else seed)

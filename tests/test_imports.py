@@ -25,7 +25,10 @@ CORE = (
     "specdec.errors specdec.tree specdec.noise specdec.sampling specdec.interfaces specdec.trace specdec.metrics "
     "specdec.provenance specdec.defaults specdec.budget"
 ).split()
-MODEL = "specdec.attention specdec.cache specdec.capture specdec.probe specdec.target specdec.models specdec.prompts".split()
+MODEL = (
+    "specdec.attention specdec.cache specdec.capture specdec.probe specdec.target specdec.models specdec.prompts "
+    "specdec.accelerate"
+).split()
 RULES: list[tuple[str, list[str]]] = [
     ("specdec.kernels", ["specdec.kernels"]),
     ("specdec.analysis", ["specdec.analysis", "specdec.trace", "specdec.errors", "specdec.defaults"]),

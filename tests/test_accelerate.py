@@ -1,0 +1,85 @@
+"""Packed layers: the same numbers, the caller's model untouched, and a plain model where packing is impossible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import specdec
+from specdec import accelerate
+from specdec.accelerate import PackedLinear, accelerated, accelerated_copy, packing_fault
+from specdec.interfaces import Row
+from specdec.target import CausalLM
+from specdec.tree import TokenTree
+
+SIZES = {"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 4}
+needs_packing = pytest.mark.skipif(bool(packing_fault(torch.float32)), reason=packing_fault(torch.float32))
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, hidden_size=64, intermediate_size=128, num_key_value_heads=2)).eval()
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4)).eval()
+
+
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, hidden_size=64, intermediate_size=64, num_key_value_heads=2, num_local_experts=4)
+    return MixtralForCausalLM(config).eval()
+
+
+@needs_packing
+@pytest.mark.parametrize("build", [llama, gpt2, mixtral])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_accelerated_model_scores_trees_as_the_plain_one(build: Any, in_place: bool) -> None:
+    """A layer packed with its weight transposed, or without its bias, changes the logits."""
+    tree = TokenTree((3, 4, 5, 6, 7), (-1, 0, 0, 1, 2))
+    scores = []
+    for model in (build(), accelerated(build(), in_place)):
+        engine, row = CausalLM(model), Row(0, [9, 8, 3], 20)
+        engine.open([row])
+        scores.append(engine.score([row], [tree])[0].logits)
+    assert any(isinstance(module, PackedLinear) for module in model.modules())
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-4)
+
+
+@needs_packing
+def test_the_callers_model_stays_untouched_and_shares_what_is_not_packed() -> None:
+    model = llama()
+    before = {name: type(module) for name, module in model.named_modules()}
+    ours = accelerated(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert ours.model.embed_tokens.weight is model.model.embed_tokens.weight
+
+
+@needs_packing
+def test_generation_with_packed_layers_gives_the_same_tokens() -> None:
+    model = llama()
+    ids = torch.tensor([[5, 9, 12, 5, 9, 12, 5]])
+    expected = model.generate(ids, max_new_tokens=24, do_sample=False)
+    assert torch.equal(specdec.generate(model, ids, max_new_tokens=24, do_sample=False, accelerate=True), expected)
+
+
+@needs_packing
+def test_a_copy_is_made_anew_when_the_weights_change() -> None:
+    """Packed weights of an earlier state of a model in training would be wrong without a word."""
+    model = llama()
+    first = accelerated_copy(model)
+    assert accelerated_copy(model) is first
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert accelerated_copy(model) is not first
+
+
+def test_where_packing_is_impossible_the_model_is_returned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setattr(accelerate, "packing_fault", lambda _: "not here")
+    assert accelerated(model) is model
+    assert packing_fault(torch.float64)
