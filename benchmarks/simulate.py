@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ DRAFTERS = (
     "recycling",
     "recycling:max_order=1",
     "recycling:max_order=1,num_successors=1",
+    "hybrid:parts=ngram+recycling",
+    "hybrid:parts=suffix+recycling",
     "ngram:min_prob=0.005,min_gain=0.0",
     "suffix:min_prob=0.005,min_gain=0.0",
     "recycling:min_prob=0.005,min_gain=0.0",
@@ -107,9 +110,9 @@ class Vocabulary:
     vocab_size: int
 
 
-def record(path: Path, num_new: int, limit: int | None) -> None:
+def record(path: Path, num_new: int, limit: int | None, dtype: str) -> None:
     """Decode the built-in prompts greedily and write what is needed to replay them."""
-    model, tokenizer = load_model(DEFAULT_MODEL), load_tokenizer(DEFAULT_MODEL)
+    model, tokenizer = load_model(DEFAULT_MODEL, dtype=dtype), load_tokenizer(DEFAULT_MODEL)
     rows = []
     for prompt in load_prompts(BUILTIN, limit=limit):
         ids = render_turns(tokenizer, prompt, [])
@@ -208,7 +211,7 @@ def run(path: Path, drafters: Sequence[str], budgets: Sequence[int], output: Pat
     print(f"{'drafter':42} {'half':6} nodes  tokens a pass  nodes a step  modelled speedups  host ms")
     for name in drafters:
         for half, rows in halves(recorded).items():
-            for num_nodes in budgets:
+            for num_nodes in budgets if rows else ():
                 tally = replay(make_drafter(name, context), rows, num_nodes, facts["vocab_size"])
                 found = tally.summary()
                 speedups = " ".join(f"{value:8.3f}" for value in found["modelled_speedup"].values())
@@ -220,20 +223,23 @@ def run(path: Path, drafters: Sequence[str], budgets: Sequence[int], output: Pat
                 )
                 results.append({"drafter": name, "half": half, "num_nodes": num_nodes, **found})
     if output is not None:
-        result = {"schema": SCHEMA, "provenance": _provenance(path, facts, recorded), "rows": results}
-        output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        head = json.dumps({"schema": SCHEMA, "provenance": _provenance(path, facts, recorded)}, indent=1)
+        lines = ",\n  ".join(json.dumps(row) for row in results)  # a line each, for readable differences
+        output.write_text(f'{head.removesuffix(chr(10) + "}")},\n "rows": [\n  {lines}\n ]\n}}\n', "utf-8")
 
 
 def _provenance(path: Path, facts: dict[str, Any], recorded: Sequence[Recorded]) -> dict[str, Any]:
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    library = [found.version for found in distributions(name="arctic-inference")]
     settings = {
         "recording_sha256": sha256,
+        "arctic_inference": library[0] if library else None,
         "num_prompts": len(recorded),
         "num_top": NUM_TOP,
         "cost_nodes": COST_NODES,
         "costs": COSTS,
     }
-    command = ["python", "benchmarks/simulate.py", "run", path.name]
+    command = ["python", *sys.argv]
     target = {"id": facts["model"]}
     return collect(command, dtype=facts["dtype"], device="cpu", models={"target": target}, settings=settings)
 
@@ -244,6 +250,7 @@ def main() -> None:
     making = commands.add_parser("record", help="decode the built-in prompts with the default model")
     making.add_argument("recording", type=Path)
     making.add_argument("--max-new-tokens", type=int, default=128)
+    making.add_argument("--dtype", default="bfloat16")
     making.add_argument("--limit", type=int, help="only the first so many prompts")
     running = commands.add_parser("run", help="replay a recording with several drafters")
     running.add_argument("recording", type=Path)
@@ -252,7 +259,7 @@ def main() -> None:
     running.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.command == "record":
-        record(given.recording, given.max_new_tokens, given.limit)
+        record(given.recording, given.max_new_tokens, given.limit, given.dtype)
     else:
         torch.set_num_threads(1)
         run(given.recording, given.drafter or DRAFTERS, given.nodes, given.output)

@@ -315,7 +315,7 @@ def _save(drafter: RecyclingDrafter, path: Path) -> None:
 def _load(drafter: RecyclingDrafter, path: Path) -> None:
     advice = f"delete {path}, or name another path"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             data: dict[str, NDArray[Any]] = dict(file)
         facts = dict(zip(_facts(drafter), data["facts"].tolist(), strict=True))
         wrong = [f"{key}={facts[key]}" for key, value in _facts(drafter).items() if facts[key] != value]
@@ -332,7 +332,7 @@ def _load(drafter: RecyclingDrafter, path: Path) -> None:
         if min(orders.min(initial=0), slots.min(initial=0)) < 0:
             raise ValueError("slots outside the table")
         hits, trials = data["rates"].reshape(2, *drafter.rates.hits.shape)
-        if not (np.isfinite(hits / trials).all() and (hits >= 0).all() and (trials > 0).all()):
+        if not ((hits >= 0).all() and (trials > 0).all() and (hits <= trials).all() and np.isfinite(trials).all()):
             raise ValueError("rates that are none")
         drafter.table.keys[orders, slots] = data["keys"]
         drafter.table.successors[orders, slots] = found
