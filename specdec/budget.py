@@ -9,8 +9,9 @@ emitted stays exact, because only nodes picked with certainty are ever left out.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
@@ -20,6 +21,11 @@ from specdec.tree import TokenTree, best_part
 
 _NUM_BUCKETS = 16
 _BUCKETS_PER_HALVING = 2
+_LOG_GUESSES = [-(bucket + 0.5) / _BUCKETS_PER_HALVING * math.log(2) for bucket in range(_NUM_BUCKETS)]
+_NUM_RECENT = 15
+_SEED_WEIGHT = 3  # a measured curve counts as so many passes of each size
+_FIRST_DEPTH = 4
+_MAX_CREDIT = 6.0  # so that what was gained long ago does not pay for much
 
 
 class Budget(Protocol):
@@ -66,7 +72,7 @@ class FixedBudget:
 
 @dataclass(slots=True)
 class PassCosts:
-    """Seconds of a pass by (rows, columns): medians of recent ones, interpolated between the sizes seen.
+    """Seconds of a pass by (rows, columns): medians of recent ones, never falling with size, interpolated between.
 
     Args:
         slope: what one more column costs, as a share of a one-column pass, where nothing larger was seen.
@@ -75,18 +81,33 @@ class PassCosts:
     slope: float = 0.03
     _recent: dict[int, dict[int, deque[float]]] = field(default_factory=dict)
 
+    @classmethod
+    def seeded(cls, curves: Mapping[int, Mapping[int, float]]) -> PassCosts:
+        """Costs measured earlier, number of rows -> columns -> seconds; what is seen from now on replaces them."""
+        costs = cls()
+        for num_rows, curve in curves.items():
+            for num_columns, seconds in curve.items():
+                for _ in range(_SEED_WEIGHT):
+                    costs.add(num_rows, num_columns, seconds)
+        return costs
+
     def add(self, num_rows: int, num_columns: int, seconds: float) -> None:
         sizes = self._recent.setdefault(num_rows, {})
-        sizes.setdefault(num_columns, deque(maxlen=9)).append(seconds)
+        sizes.setdefault(num_columns, deque(maxlen=_NUM_RECENT)).append(seconds)
+
+    def count(self, num_rows: int, num_columns: int) -> int:
+        """How many recent passes of this size are known."""
+        return len(self._recent.get(num_rows, {}).get(num_columns, ()))
 
     def knows(self, num_rows: int, num_columns: int) -> bool:
-        return num_columns in self._recent.get(num_rows, {})
+        return self.count(num_rows, num_columns) > 0
 
     def curve(self, num_rows: int, max_columns: int) -> list[float]:
         """Seconds for 1 to ``max_columns`` columns."""
-        known = sorted((n, median(times)) for n, times in self._nearest(num_rows).items())
-        if not known:
+        sizes = self._nearest(num_rows)
+        if not sizes:
             return [1.0 + self.slope * n for n in range(max_columns)]
+        known = _rising([(n, median(times), len(times)) for n, times in sorted(sizes.items())])
         return [self._at(known, n) for n in range(1, max_columns + 1)]
 
     def _nearest(self, num_rows: int) -> dict[int, deque[float]]:
@@ -95,25 +116,47 @@ class PassCosts:
         return self._recent[min(self._recent, key=lambda rows: abs(rows - num_rows))]
 
     def _at(self, known: list[tuple[int, float]], columns: int) -> float:
-        below = [pair for pair in known if pair[0] <= columns]
-        above = [pair for pair in known if pair[0] > columns]
-        if below and above:
-            (n0, t0), (n1, t1) = below[-1], above[0]
-            return t0 + (t1 - t0) * (columns - n0) / (n1 - n0)
-        n, seconds = below[-1] if below else above[0]
-        return seconds * (1 + self.slope * (columns - n)) if below else seconds / (1 + self.slope * (n - columns))
+        place = bisect_right(known, columns, key=lambda pair: pair[0])
+        if place == 0:
+            n, seconds = known[0]
+            return seconds / (1 + self.slope * (n - columns))
+        n0, t0 = known[place - 1]
+        if place == len(known):
+            return t0 * (1 + self.slope * (columns - n0))
+        n1, t1 = known[place]
+        return t0 + (t1 - t0) * (columns - n0) / (n1 - n0)
+
+
+def _rising(points: Sequence[tuple[int, float, int]]) -> list[tuple[int, float]]:
+    """(size, seconds, weight) with seconds averaged where they fall with size: one lucky time must not decide."""
+    pools: list[tuple[float, int, list[int]]] = []  # mean seconds, weight, sizes
+    for size, seconds, weight in points:
+        sizes = [size]
+        while pools and pools[-1][0] > seconds:
+            mean, other, before = pools.pop()
+            seconds = (mean * other + seconds * weight) / (other + weight)
+            weight += other
+            sizes = before + sizes
+        pools.append((seconds, weight, sizes))
+    return [(size, seconds) for seconds, _, sizes in pools for size in sizes]
 
 
 @dataclass(slots=True)
 class Calibration:
-    """What share of nodes with a given estimate was accepted: drafters guess, this counts."""
+    """What share of nodes with a given estimate was accepted: drafters guess, this counts.
 
-    hits: list[float] = field(default_factory=lambda: [6.0 * _middle(b) for b in range(_NUM_BUCKETS)])
-    trials: list[float] = field(default_factory=lambda: [6.0] * _NUM_BUCKETS)
+    Where little was counted, estimates are taken to be off by the same power as elsewhere: a drafter that says 0.6 to
+    the nth power where 0.8 to the nth is right is believed so at sizes that were never tried.
+    """
+
+    hits: list[float] = field(default_factory=lambda: [0.0] * _NUM_BUCKETS)
+    trials: list[float] = field(default_factory=lambda: [0.0] * _NUM_BUCKETS)
+    _values: list[float] = field(default_factory=list)  # by bucket; empty: to be computed
 
     def value(self, estimate: float) -> float:
-        bucket = _bucket(estimate)
-        return self.hits[bucket] / self.trials[bucket]
+        if not self._values:
+            self._values = self._fitted()
+        return self._values[_bucket(estimate)]
 
     def learn(self, estimate: float, is_accepted: bool) -> None:
         bucket = _bucket(estimate)
@@ -122,45 +165,113 @@ class Calibration:
         if self.trials[bucket] > 400:  # what is long past counts less
             self.hits[bucket] /= 2
             self.trials[bucket] /= 2
+        self._values = []
+
+    def _fitted(self) -> list[float]:
+        """Counts, and six of the power law as a prior; the law itself by least squares of logarithms."""
+        above, below = 40.0, 40.0
+        for log_guess, hits, trials in zip(_LOG_GUESSES, self.hits, self.trials, strict=True):
+            if trials:
+                found = math.log((hits + 6 * math.exp(log_guess)) / (trials + 6))
+                above += trials * log_guess * found
+                below += trials * log_guess**2
+        power = min(max(above / below, 0.25), 4.0)
+        return [
+            (hits + 6 * math.exp(power * log_guess)) / (trials + 6)
+            for log_guess, hits, trials in zip(_LOG_GUESSES, self.hits, self.trials, strict=True)
+        ]
 
 
 def _bucket(estimate: float) -> int:
     return min(_NUM_BUCKETS - 1, int(-math.log2(max(estimate, 1e-6)) * _BUCKETS_PER_HALVING))
 
 
-def _middle(bucket: int) -> float:
-    return float(2.0 ** (-(bucket + 0.5) / _BUCKETS_PER_HALVING))
+@dataclass(slots=True)
+class DepthRates:
+    """How often a draft that was right down to one depth was right one deeper."""
+
+    hits: list[float] = field(default_factory=list)
+    trials: list[float] = field(default_factory=list)
+
+    def learn(self, depth: int, num_accepted: int) -> None:
+        """A tree ``depth`` levels deep had ``num_accepted`` tokens accepted."""
+        while len(self.trials) < depth:
+            self.hits.append(1.4)
+            self.trials.append(2.0)
+        for level in range(min(depth, num_accepted + 1)):
+            self.hits[level] += level < num_accepted
+            self.trials[level] += 1
+            if self.trials[level] > 100:  # what is long past counts less
+                self.hits[level] /= 2
+                self.trials[level] /= 2
+
+    def expected(self) -> list[float]:
+        """[d]: accepted tokens of a draft d levels deep."""
+        reach, total = 1.0, [0.0]
+        for hits, trials in zip(self.hits, self.trials, strict=True):
+            reach *= hits / trials
+            total.append(total[-1] + reach)
+        return total
 
 
 @dataclass(slots=True)
 class AdaptiveBudget:
     """The size that yields most tokens a second by what was learned; no draft where that is less than plain decoding.
 
-    Trees with estimates and without drawn nodes are cut after drafting. Drafting itself is switched off while it does
-    not pay, and tried again after a pause that doubles each time it fails.
+    Trees with estimates and without drawn nodes are cut after drafting. Before it, the depth is limited where levels
+    cost time, and drafting is switched off by an account, in passes of plain decoding: every draft books what it
+    gained or lost, every step adds ``overhead``, and drafting waits while the account is empty. So a run is never
+    slower than plain decoding by more than ``overhead``, the ``credit`` to begin with, and one draft; a draft that
+    loses little is tried often, a costly one rarely, and one that pays keeps itself going.
 
     Args:
         max_nodes: the largest tree, in nodes below the root.
         costs: what passes cost; shared between budgets of the same target and machine.
-        margin: a draft must promise this much more than plain decoding.
+        margin: a larger tree must promise this much more than plain decoding.
+        overhead: the share of plain decoding's time that may go into drafts that turn out useless.
+        credit: what the account holds, in passes.
     """
 
     max_nodes: int
     costs: PassCosts = field(default_factory=PassCosts)
     calibration: Calibration = field(default_factory=Calibration)
     margin: float = 1.02
-    _gain: float = 1.0  # tokens a second against plain decoding, running mean
-    _pause: int = 0  # steps that drafting still rests
-    _next_pause: int = 4
-    _num_steps: int = 0
+    overhead: float = 0.015
+    credit: float = 1.5
+    _draft_costs: PassCosts = field(default_factory=lambda: PassCosts(slope=0.0))  # by depth + 1
+    _depths: DepthRates = field(default_factory=DepthRates)
+    _nodes_per_level: float = 1.0
+    _unbooked_s: float = 0.0  # drafting time from before a plain pass was seen
+    _num_drafts: int = 0
+    _since_plain: int = 0  # steps since a pass without a draft
 
     def limits(self, rows: Sequence[Row], chain_only: bool) -> list[Limit]:
-        rests = self._pause > 0 or self._needs_baseline(len(rows))
-        return [Limit(0 if rests else row.num_left - 1, self.max_nodes, chain_only) for row in rows]
+        is_first = any(row.num_steps == 0 for row in rows)  # its pass holds a prompt: no plain one
+        rests = self.credit <= 0 or (not is_first and self._needs_plain(len(rows)))
+        depth = 0 if rests else self._depth(len(rows))
+        return [Limit(min(depth, row.num_left - 1), self.max_nodes, chain_only) for row in rows]
 
-    def _needs_baseline(self, num_rows: int) -> bool:
-        """A plain pass must have been seen before anything can be compared with it; the first holds the prompt."""
-        return self._num_steps > 0 and not self.costs.knows(num_rows, 1)
+    def _needs_plain(self, num_rows: int) -> bool:
+        """Whether what drafts are compared with is unknown, known from few passes, or long past."""
+        return self._since_plain >= min(2 ** self.costs.count(num_rows, 1), 128) - 1
+
+    def _depth(self, num_rows: int) -> int:
+        """The depth that pays best where each level costs drafting time; deeper ones are tried a little at a time."""
+        expected = self._depths.expected()
+        known = len(expected) - 1
+        if known < 1:
+            return _FIRST_DEPTH
+        plain = self.costs.curve(num_rows, 1)[0]
+        draft = self._draft_costs.curve(num_rows, known + 1)
+        if draft[-1] < 0.05 * plain:
+            return self.max_nodes
+        sizes = [math.ceil(self._nodes_per_level * depth) for depth in range(known + 1)]
+        score = self.costs.curve(num_rows, 1 + sizes[-1])
+        rates = [(1 + expected[d]) / (draft[d] + score[sizes[d]]) for d in range(1, known + 1)]
+        best = 1 + max(range(known), key=rates.__getitem__)
+        if best == known or self._num_drafts % 8 == 0:
+            return best + 2
+        return best
 
     def cut(self, rows: Sequence[Row], trees: Sequence[TokenTree]) -> list[TokenTree]:
         if any(len(tree) > 1 and (not tree.is_certain or not tree.estimates) for tree in trees):
@@ -190,32 +301,41 @@ class AdaptiveBudget:
         draft_s: float,
         score_s: float,
     ) -> None:
-        self._num_steps += 1
-        if all(row.num_steps > 1 for row in rows):  # a row's first pass holds its prompt
-            self.costs.add(len(rows), max(len(tree) for tree in trees), score_s)
+        columns = max(len(tree) for tree in trees)
+        is_first = any(row.num_steps <= 1 for row in rows)  # such a pass holds a prompt
+        if not is_first:
+            self.costs.add(len(rows), columns, score_s)
+            self._since_plain = 0 if columns == 1 else self._since_plain + 1
         for tree, verdict in zip(trees, verdicts, strict=True):
             if tree.estimates:
                 accepted = set(verdict.nodes)
                 for node in range(1, len(tree)):
                     self.calibration.learn(tree.estimates[node], node in accepted)
-        if self._pause > 0:
-            self._pause -= 1
-            return
-        self._judge(trees, verdicts, draft_s, score_s)
+        self._learn_depth(trees, verdicts, draft_s)
+        self._book(len(rows), 1 if is_first else columns, verdicts, draft_s)
 
-    def _judge(self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict], draft_s: float, score_s: float) -> None:
-        """Whether drafting as such pays: what it brought against its own time and that of the larger pass."""
-        num_rows = len(trees)
+    def _learn_depth(self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict], draft_s: float) -> None:
+        deepest = 0
+        for tree, verdict in zip(trees, verdicts, strict=True):
+            if len(tree) > 1:
+                depth = max(tree.depths())
+                deepest = max(deepest, depth)
+                self._depths.learn(depth, verdict.num_accepted)
+                self._nodes_per_level += 0.05 * ((len(tree) - 1) / depth - self._nodes_per_level)
+        if deepest:
+            self._num_drafts += 1
+            self._draft_costs.add(len(trees), deepest + 1, draft_s)
+
+    def _book(self, num_rows: int, columns: int, verdicts: Sequence[Verdict], draft_s: float) -> None:
+        """What this step gained or lost against plain decoding, the pass at its usual cost."""
+        self._unbooked_s += draft_s
         if not self.costs.knows(num_rows, 1):
             return
-        plain = self.costs.curve(num_rows, 1)[0]
+        curve = self.costs.curve(num_rows, columns)
         tokens = sum(len(verdict.tokens) for verdict in verdicts) / num_rows
-        self._gain += 0.1 * (tokens * plain / (draft_s + score_s) - self._gain)
-        if self._gain < 1.0 / self.margin:
-            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, 64)
-            self._gain = 1.0
-        elif self._gain > self.margin:
-            self._next_pause = 4
+        gain = tokens - (curve[-1] + self._unbooked_s) / curve[0]
+        self._unbooked_s = 0.0
+        self.credit = min(self.credit + gain + self.overhead, _MAX_CREDIT)
 
 
 def make_budget(max_nodes: int, adaptive: bool, costs: PassCosts | None = None) -> Budget:

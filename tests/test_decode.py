@@ -171,11 +171,12 @@ class AcceptsAll:
 
 @dataclass(slots=True)
 class Fixed:
-    """A drafter that proposes the same chain below ``root`` (None: the right one), whatever the limit."""
+    """A drafter that proposes the same chain below ``root`` (None: the right one) as far as the limit lets it."""
 
     tokens: tuple[int, ...]
     root: int | None = None
     num_trees: int | None = None
+    is_obedient: bool = True  # to the limit
     name: str = "fixed"
 
     def begin(self, rows: Sequence[Row]) -> None: ...
@@ -187,7 +188,10 @@ class Fixed:
         params: SamplingParams,
         noise: Noise,
     ) -> list[TokenTree]:
-        trees = [TokenTree.chain(row.tokens[-1] if self.root is None else self.root, self.tokens) for row in rows]
+        trees = []
+        for row, limit in zip(rows, limits, strict=True):
+            length = min(limit.depth, limit.nodes) if self.is_obedient else len(self.tokens)
+            trees.append(TokenTree.chain(row.tokens[-1] if self.root is None else self.root, self.tokens[:length]))
         return trees[: self.num_trees]
 
     def observe(
@@ -202,7 +206,7 @@ class Fixed:
     [
         (None, 5, (0, 1, 2, 0), (0, 1, 2, 3)),
         (None, 4, (0, 1, 2, 0), (0, 1, 2, 3)),
-        (None, 2, (0, 1), (0, 1)),
+        (None, 2, (0, 0), (0, 1)),
         (None, 1, (0,), (0,)),
         (1, 9, (0, 1), (0, 1)),
         (0, 9, (0,), (0,)),
@@ -245,11 +249,20 @@ def test_an_error_frees_every_row_and_is_not_swallowed() -> None:
     assert target.open_keys == set()
 
 
-@pytest.mark.parametrize("drafter", [Fixed((0,), root=2), Fixed((0,), num_trees=1)], ids=["wrong root", "too few"])
-def test_trees_that_do_not_continue_their_rows_are_refused(drafter: Fixed) -> None:
-    """Guards drafters that lag behind by a token: their trees would be scored in the wrong place."""
+@pytest.mark.parametrize(
+    ("drafter", "message"),
+    [
+        (Fixed((0,), root=2), "must root its tree at the row's newest token, got 2"),
+        (Fixed((0,), num_trees=1), "must propose one tree for each of 2 rows, got 1"),
+        (Fixed((0,) * 4, is_obedient=False), r"must keep within Limit\(depth=3, nodes=6"),
+        (Fixed((0,) * 7, is_obedient=False), r"must keep within Limit\(depth=3, nodes=6"),
+    ],
+    ids=["wrong root", "too few", "too deep", "too many"],
+)
+def test_trees_that_do_not_fit_their_rows_are_refused(drafter: Fixed, message: str) -> None:
+    """Guards drafters that lag behind by a token, and trees larger than caches and budgets allow."""
     target = ToyTarget()
-    with pytest.raises(ValueError, match="drafter 'fixed' must propose one tree for each row"):
+    with pytest.raises(ValueError, match=f"drafter 'fixed' {message}"):
         list(make(drafter, target).run(make_rows(4, 4)))
     assert target.open_keys == set()
 

@@ -53,7 +53,7 @@ class BlockVerifier:
                 draft_probs = DraftLeft(tree).probs(i + 1, here)
                 left = subtract(keep_prob * here, draft_probs, tree.tokens[i + 1])
                 mass = float(left.sum())
-                held = mass / (mass + 1 - keep_prob) if mass > 0 else 0.0
+                held = mass / (mass + (1 - keep_prob)) if mass > 0 else 0.0
                 left = normalised(left, here)
             if noise.coin(held, i - 1):
                 kept, emitted_from = i, left

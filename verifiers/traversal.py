@@ -78,5 +78,5 @@ def _delete_first(parent: _Visit, tree: TokenTree) -> None:
     left = subtract(parent.keep_prob * parent.residual, parent.draft.probs(child, parent.residual), token)
     mass = float(left.sum())
     parent.residual = normalised(left, parent.residual)
-    parent.keep_prob = mass / (mass + 1 - parent.keep_prob) if mass > 0 else 0.0
+    parent.keep_prob = mass / (mass + (1 - parent.keep_prob)) if mass > 0 else 0.0
     parent.draft.reject(child)

@@ -1,0 +1,208 @@
+"""``specdec tune``: which drafter, which tree and whether to speculate at all, for a target on this machine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdec.cli import options
+from specdec.defaults import DEFAULT_MAX_NODES, DEFAULT_VERIFIER
+from specdec.models import DEFAULT_MODEL
+from specdec.prompts import BUILTIN
+
+if TYPE_CHECKING:
+    from specdec.cli.loading import Loaded
+    from specdec.tuning import Candidate, Setting
+
+EXAMPLE = "Example: specdec tune --drafter ngram --batch-size 1 --limit 16 --output tuned.json"
+_NUM_RACERS = 4
+_TREE_SIZES = (4, 8, 16, 32)  # with the root, as in the literature
+
+
+def tune(
+    target: options.Target = DEFAULT_MODEL,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--drafter",
+            metavar="NAME[:OPTION=VALUE,...]",
+            help="A drafter to consider; give it again for more. Default: ngram and hybrid, or model with a draft model.",
+        ),
+    ] = None,
+    drafter_model: options.DrafterModel = None,
+    verifier: options.Verifier = DEFAULT_VERIFIER,
+    batch_size: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes to tune for.")] = "1",
+    prompts: Annotated[
+        str, typer.Option(metavar="FILE", help=f"JSONL as for bench; {BUILTIN}: our own suite.")
+    ] = BUILTIN,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Take N prompts only, spread over the file.")] = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = 0.0,
+    max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    seconds: Annotated[float, typer.Option(metavar="S", help="For the race of each batch size, at most.")] = 300.0,
+    output: Annotated[Path, typer.Option(metavar="FILE.json", help="Write the settings here.")] = Path("tuned.json"),
+    show_tree: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Draw the best static trees for a tuned file, and end.")
+    ] = None,
+) -> None:
+    """Find the fastest configuration for a target on this machine and write it to a file.
+
+    Measures what passes cost, records what the drafters propose on the prompts, predicts the speedup of every size,
+    and races the best few against plain decoding. bench, generate (--config) and the library (drafter="tuned.json")
+    take the file.
+    """
+    if show_tree is not None:
+        _show_trees(show_tree)
+        return
+    sizes = _batch_sizes(batch_size)
+    for name, value, least in (("max_new_tokens", max_new_tokens, 2), ("max_nodes", max_nodes, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    options.set_threads(threads)
+    from specdec.cli.files import check_writable, write_json
+    from specdec.cli.loading import eos_ids, load, model_facts
+    from specdec.drafters import parse_drafter
+    from specdec.provenance import collect
+    from specdec.sampling import SamplingParams
+    from specdec.tuned import SCHEMA, fingerprint
+    from specdec.tuning import MODEL_SHAPES, Setting
+    from specdec.verifiers import make_verifier
+
+    output = output.expanduser()
+    check_writable(output, "--output")
+    specs = list(dict.fromkeys(drafter or (["ngram", "hybrid"] if drafter_model is None else ["model", "ngram"])))
+    for spec in specs:
+        parse_drafter(spec)
+    specs = [each for spec in specs if spec != "none" for each in (MODEL_SHAPES if spec == "model" else (spec,))]
+    rule, params = make_verifier(verifier), SamplingParams(temperature)
+    loaded = load(target, drafter_model, dtype, device)
+    ids = _prompt_ids(loaded, prompts, limit, max_new_tokens)
+    setting = Setting(loaded.engine, rule, loaded.draft_models, params, eos_ids(loaded.model), max_new_tokens)
+    models = {"target": model_facts(target)}
+    if drafter_model is not None:
+        models["drafter"] = model_facts(drafter_model)
+    found = {str(size): _tune(setting, specs, ids, size, max_nodes, seconds) for size in sizes}
+    told = {"verifier": verifier, "prompts": prompts, "num_prompts": len(ids), "max_new_tokens": max_new_tokens}
+    told |= {"temperature": temperature, "drafters": specs, "max_nodes": max_nodes, "seconds": seconds}
+    where = collect(
+        ["specdec", *sys.argv[1:]], dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=told
+    )
+    file = {"schema": SCHEMA, "kind": "tuned", "provenance": where, "target": target}
+    write_json(output, file | {"fingerprint": fingerprint(loaded.model), "per_batch_size": found})
+    print(f"written to {output}; use it with --config {output}, or drafter={str(output)!r} in Python")
+
+
+def _batch_sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"batch sizes are written 1,4,8, each at least 1; got {text!r}")
+    return sorted(set(sizes))
+
+
+def _prompt_ids(loaded: Loaded, source: str, limit: int | None, max_new_tokens: int) -> list[list[int]]:
+    """First turns only; with a limit taken from all over the file, because neighbours are often alike."""
+    from specdec.cli.loading import check_prompt
+    from specdec.prompts import load_prompts, render_turns
+
+    known = load_prompts(source)
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}; leave it out to take every prompt")
+        count = min(limit, len(known))
+        known = [known[i * len(known) // count] for i in range(count)]
+    found = []
+    for prompt in known:
+        ids = list(render_turns(loaded.tokenizer, prompt, []))
+        check_prompt(loaded.engine, ids, max_new_tokens, f"question {prompt.question_id}")
+        found.append(ids)
+    return found
+
+
+def _tune(
+    setting: Setting, specs: Sequence[str], prompts: list[list[int]], size: int, max_nodes: int, seconds: float
+) -> dict[str, Any]:
+    """The entry of one batch size. Half of the prompts are recorded from, so that the race sees new ones too."""
+    from specdec.tuning import finalists, measure_curve, predict, race, record
+
+    full = prompts * (-(-size // len(prompts)))  # fewer prompts than rows: some twice
+    batches = [full[i : i + size] for i in range(0, len(full) - size + 1, size)]
+    _tell(f"batch size {size}: what passes cost")
+    curve = measure_curve(setting, sorted(batches[0], key=len))
+    known = batches[::2]
+    records = []
+    for spec in specs:
+        _tell(f"batch size {size}: what {spec} proposes")
+        records.append(record(setting, spec, known, max_nodes))
+    candidates = predict(records, curve, size, max_nodes)
+    racers = finalists(candidates, _NUM_RACERS)
+    _tell(f"batch size {size}: racing {', '.join(map(str, racers))}")
+    started = time.monotonic()
+    best = race(setting, racers, [*batches[1::2], *known], curve, lambda: time.monotonic() - started > seconds)
+    _print(size, racers, best, curve)
+    shown = best.record or max(records, key=lambda each: len(each.steps), default=None)
+    return {
+        "drafter": best.drafter,
+        "max_nodes": best.max_nodes,
+        "adaptive": best.adaptive,
+        "predicted": best.predicted,
+        "measured": best.measured,
+        "cost_curve": {str(columns): each for columns, each in curve.items()},
+        "acceptance_table": shown.acceptance_table() if shown else [],
+        "candidates": [
+            {"drafter": c.drafter, "max_nodes": c.max_nodes, "adaptive": c.adaptive, "predicted": c.predicted}
+            | {"measured": c.measured, "dropped": c.is_dropped}
+            for c in [*racers, *(c for c in candidates if c not in racers)]
+        ],
+    }
+
+
+def _print(size: int, racers: Sequence[Candidate], best: Candidate, curve: dict[int, float]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    relative = ", ".join(f"{n}: {each / curve[1]:.2f}" for n, each in curve.items())
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("configuration", overflow="fold")
+    for title in ("predicted", "measured [95 %]", ""):
+        table.add_column(title, justify="right", no_wrap=True)
+    for each in racers:
+        mark = "best" if each is best else "dropped early" if each.is_dropped else ""
+        got = "-" if each.measured is None else "{:.2f}x [{:.2f}, {:.2f}]".format(*each.measured)
+        table.add_row(str(each), f"{each.predicted:.2f}x", got, mark)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    print(f"batch size {size}: a pass of one column takes {1000 * curve[1]:.1f} ms; relative to it {relative}")
+    console.print(table)
+
+
+def _show_trees(path: Path) -> None:
+    """For each batch size the best trees that its acceptance table allows."""
+    from specdec.drafters.shapes import sequoia
+    from specdec.tuned import load_tuned
+
+    for entry in load_tuned(path).entries:
+        print(f"batch size {entry.batch_size}, drafter {entry.drafter}")
+        if not entry.acceptance_table:
+            print("no acceptance table: too few drafts were verified")
+            continue
+        for size in _TREE_SIZES:
+            shape = sequoia(entry.acceptance_table, size - 1)
+            expected = shape.expected_tokens(entry.acceptance_table)
+            print(f"\n{size} nodes with the root: {expected:.2f} tokens a step\n{shape.render(entry.acceptance_table)}")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,171 @@
+"""Production code that draws or joins trees declares the truth: with it too the text keeps the target's law, by enumeration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from enumeration import Loop, exact_joint, stepwise_joint, total_variation
+from test_exactness import TOLERANCE
+from torch import Tensor
+from toy import (
+    CERTAIN,
+    FILL_UP,
+    INDEPENDENT,
+    LEAF,
+    PROMPT,
+    TOP_PLUS_ONE,
+    UNBALANCED,
+    WITHOUT_REPLACEMENT,
+    Kind,
+    Shape,
+    ToyDrafter,
+    ToyTarget,
+    chain,
+    full,
+    table,
+)
+
+from specdec.drafters import growth
+from specdec.drafters.growth import Children, Growing
+from specdec.drafters.merge import merge
+from specdec.interfaces import Limit, Row, Scores, Verdict
+from specdec.noise import Noise, RowNoise, Stream
+from specdec.sampling import SamplingParams
+from specdec.tree import TokenTree
+from specdec.verifiers import make_verifier
+
+
+def error(loop: Loop, num_tokens: int = 3) -> float:
+    return total_variation(stepwise_joint(loop, num_tokens), exact_joint(loop.target, PROMPT, num_tokens))
+
+
+@dataclass(slots=True)
+class GrowingDrafter:
+    """The growth of specdec.drafters.growth over a lookup table instead of a model."""
+
+    children: Children
+    shape: growth.Shape
+    vocab: int = 3
+    name: str = "growing"
+    logits: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.logits = table(13, self.vocab, spread=1.0, holes=4)
+
+    def begin(self, rows: Sequence[Row]) -> None: ...
+
+    def propose(
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+    ) -> list[TokenTree]:
+        trees = []
+        for row, limit in zip(rows, limits, strict=True):
+            growing = Growing(row, limit, self.shape, self.children, params, noise.at(row.key, len(row.tokens)))
+            while growing.frontier:
+                growing.expand(self.logits[[self._context(growing, node) for node in growing.frontier]])
+            trees.append(growing.proposal())
+        return trees
+
+    def _context(self, growing: Growing, node: int) -> int:
+        parent = growing.parents[node]
+        before = growing.row.tokens[-2] if parent < 0 else growing.tokens[parent]
+        return before * self.vocab + growing.tokens[node]
+
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None: ...
+
+    def end(self, rows: Sequence[Row]) -> None: ...
+
+
+SHAPES = {
+    "chain": growth.Shape((1, 1, 1)),
+    "unsure chain": growth.Shape((1, 1, 1), min_confidence=0.3),
+    "2x1": growth.Shape((2, 1)),
+    "3x2": growth.Shape((3, 2)),
+    "best-first": growth.Shape((), top_k=2, depth=2),
+}
+
+
+@pytest.mark.parametrize("verifier", ["rejection", "traversal"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("children", [c for c in Children if c is not Children.COUPLED], ids=str)
+@pytest.mark.parametrize("max_nodes", [3, 6])
+def test_grown_trees_declare_what_was_drawn(children: Children, shape: str, verifier: str, max_nodes: int) -> None:
+    """Guards nodes dropped for their own probability, and distributions other than those that were drawn from."""
+    loop = Loop(GrowingDrafter(children, SHAPES[shape]), make_verifier(verifier), ToyTarget(3), max_nodes=max_nodes)
+    assert error(loop) <= TOLERANCE
+
+
+@dataclass(frozen=True, slots=True)
+class OtherNoise:
+    """The same noise for another purpose: two drafters must not draw by the same numbers."""
+
+    noise: Noise
+
+    def at(self, row: int, position: int) -> OtherRowNoise:
+        return OtherRowNoise(self.noise.at(row, position))
+
+
+@dataclass(frozen=True, slots=True)
+class OtherRowNoise:
+    """One row's share of :class:`OtherNoise`."""
+
+    noise: RowNoise
+
+    def draw(self, probs: Tensor, depth: int, stream: Stream = Stream.TARGET, index: int = 0) -> int:
+        return self.noise.draw(probs, depth, stream, index + 100)
+
+
+@dataclass(slots=True)
+class MergingDrafter:
+    """Merges what two drafters propose."""
+
+    first: ToyDrafter
+    second: ToyDrafter
+    name: str = "merging"
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        self.first.begin(rows)
+        self.second.begin(rows)
+
+    def propose(
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+    ) -> list[TokenTree]:
+        first = self.first.propose(rows, limits, params, noise)
+        second = self.second.propose(rows, limits, params, OtherNoise(noise))  # type: ignore[arg-type]
+        return [merge(pair) for pair in zip(first, second, strict=True)]
+
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None: ...
+
+    def end(self, rows: Sequence[Row]) -> None:
+        self.first.end(rows)
+        self.second.end(rows)
+
+
+DEEP_YOUNGER: Shape = (LEAF, chain(1))
+PAIRS: list[tuple[tuple[Kind, Shape], tuple[Kind, Shape]]] = [
+    ((CERTAIN, UNBALANCED), (INDEPENDENT, full(2))),
+    ((INDEPENDENT, UNBALANCED), (CERTAIN, full(2, 1))),
+    ((INDEPENDENT, chain(2)), (INDEPENDENT, chain(2))),
+    ((WITHOUT_REPLACEMENT, full(2)), (WITHOUT_REPLACEMENT, DEEP_YOUNGER)),
+    ((TOP_PLUS_ONE, UNBALANCED), (WITHOUT_REPLACEMENT, DEEP_YOUNGER)),
+    ((FILL_UP, full(2)), (TOP_PLUS_ONE, UNBALANCED)),
+]
+
+
+def pair_id(pair: tuple[tuple[Kind, Shape], tuple[Kind, Shape]]) -> str:
+    return " and ".join(f"{kind.name} {shape}" for kind, shape in pair)
+
+
+@pytest.mark.parametrize("verifier", ["match", "rejection", "traversal"])
+@pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
+def test_merged_trees_are_as_exact_as_their_parts(
+    pair: tuple[tuple[Kind, Shape], tuple[Kind, Shape]], verifier: str
+) -> None:
+    """Guards drawn nodes that vanish in the union: each is an attempt that changes what later ones are compared with."""
+    first, second = (ToyDrafter(*part, seed=11 + i) for i, part in enumerate(pair))
+    assert error(Loop(MergingDrafter(first, second), make_verifier(verifier), ToyTarget(2))) <= TOLERANCE
