@@ -40,6 +40,11 @@ def bench(
     seed: options.Seed = 0,
     max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
     adaptive: options.Adaptive = True,
+    config: options.Config = None,
+    synthetic_acceptance: Annotated[
+        str | None,
+        typer.Option(metavar="RATE,RATE,...|mean=X", help="Also what a drafter accepted like this would bring; no text."),
+    ] = None,
     accelerate: options.Accelerate = True,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -61,7 +66,12 @@ def bench(
     from specdec.cli.summary import summarise
     from specdec.cli.table import print_summary
 
-    config = BenchConfig(
+    tuned = options.read_config(config)
+    if tuned is not None:
+        entry = tuned.nearest(batch_size)
+        drafter = list(dict.fromkeys([entry.drafter, *(drafter or ())]))
+        max_nodes, adaptive = entry.max_nodes, entry.adaptive
+    asked = BenchConfig(
         target=target,
         drafters=tuple(drafter or ()),
         drafter_model=drafter_model,
@@ -79,9 +89,11 @@ def bench(
         device=device,
         threads=threads,
         trace=trace,
+        config=config,
+        synthetic_acceptance=synthetic_acceptance,
     )
     with progress() as tell:
-        results = run_bench(config, command=["specdec", *sys.argv[1:]], tell=tell)
+        results = run_bench(asked, command=["specdec", *sys.argv[1:]], tell=tell)
     summary = summarise(results)
     if output is not None:
         write_json(output, summary)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from specdec.budget import PassCosts, make_budget
+from specdec.budget import FixedBudget, PassCosts, make_budget
 from specdec.cli.loading import Loaded, check_prompt, context_limit, eos_ids, load, model_facts
 from specdec.cli.matching import Judge
 from specdec.cli.measure import (
@@ -26,9 +26,10 @@ from specdec.cli.measure import (
     Output,
     Speculative,
 )
-from specdec.cli.options import set_threads
+from specdec.cli.options import read_config, set_threads, warn_config
 from specdec.cli.progress import Tell
 from specdec.cli.results import BenchConfig, Group, Question, Results, Turn
+from specdec.cli.synthetic import SYNTHETIC, synthetic_pair
 from specdec.defaults import DEFAULT_VERIFIER
 from specdec.drafters import make_drafter, parse_drafter
 from specdec.drafters.model import check_vocabulary
@@ -90,7 +91,9 @@ def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[li
     """What will be measured, and what will not and why. All our own methods share one engine."""
     ends, rule = eos_ids(loaded.model), make_verifier(config.verifier)
     skipped: list[dict[str, str]] = []
-    costs = PassCosts()  # one machine, one target: what one method's passes cost holds for all
+    tuned = read_config(config.config)
+    warn_config(tuned, loaded.model)
+    costs = tuned.costs() if tuned else PassCosts()  # one machine, one target: what one method's passes cost holds for all
 
     def hf(name: str, draft_model: Any | None = None) -> HfGenerate:
         return HfGenerate(name, loaded.model, ends, config.temperature, config.seed, draft_model, clock)
@@ -114,6 +117,13 @@ def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[li
             methods.append(hf(name, draft))
     methods.append(own(PLAIN, None))
     methods += [own(parse_drafter(spec)[0], spec) for spec in config.drafter_specs]
+    if config.synthetic_acceptance is not None:
+        pair = synthetic_pair(config.synthetic_acceptance, ends)
+        spec = f"{SYNTHETIC}:{config.synthetic_acceptance}"
+        sampling = (ends, config.temperature, config.seed)
+        methods.append(
+            Speculative(SYNTHETIC, spec, loaded.engine, *pair, *sampling, FixedBudget(config.max_nodes), clock)
+        )
     return methods, skipped
 
 

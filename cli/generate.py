@@ -42,6 +42,7 @@ def generate(
     seed: options.Seed = 0,
     max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
     adaptive: options.Adaptive = True,
+    config: options.Config = None,
     accelerate: options.Accelerate = True,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -70,11 +71,16 @@ def generate(
     from specdec.sampling import SamplingParams
     from specdec.verifiers import make_verifier
 
-    budget = make_budget(max_nodes, adaptive)
+    tuned = options.read_config(config)
+    if tuned is not None:
+        entry = tuned.nearest(1)
+        drafter, max_nodes, adaptive = entry.drafter, entry.max_nodes, entry.adaptive
+    budget = make_budget(max_nodes, adaptive, tuned.costs() if tuned else None)
     params, noise = SamplingParams(temperature, top_k, top_p, min_p), PhiloxNoise(seed)
     parse_drafter(drafter)
     rule = make_verifier(verifier)
     loaded = load(target, drafter_model, dtype, device, accelerate=accelerate)
+    options.warn_config(tuned, loaded.model)
     ids = _render(loaded.tokenizer, text, system, chat)
     check_prompt(loaded.engine, ids, max_new_tokens, "the prompt")
     decoder = _decoder(loaded, drafter, rule, params, noise, budget)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from specdec.tuned import Tuned
 
 Target = Annotated[
     str,
@@ -49,6 +54,33 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", help="CPU threads of the model; torch's own choice by default.")
 ]
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE.json", help="Settings of specdec tune: drafter, --max-nodes and --adaptive/--fixed."
+    ),
+]
+
+
+def read_config(path: Path | None) -> Tuned | None:
+    """The tuned settings at ``path``.
+
+    Raises:
+        ValueError: they are none, or damaged.
+    """
+    if path is None:
+        return None
+    from specdec.tuned import load_tuned
+
+    return load_tuned(path)
+
+
+def warn_config(tuned: Tuned | None, model: Any) -> None:
+    """A line on standard error if ``tuned`` was made for another model, dtype or machine."""
+    warning = None if tuned is None else tuned.warning(model)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def set_threads(threads: int | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from specdec.cli.matching import Judge
 from specdec.cli.measure import Batch, Method, Output
+from specdec.cli.synthetic import parse_acceptance
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.drafters import parse_drafter
 from specdec.models import DEFAULT_MODEL, resolve_device, resolve_dtype
@@ -42,6 +43,8 @@ class BenchConfig:
     device: str = "auto"
     threads: int | None = None
     trace: Path | None = None
+    config: Path | None = None  # tuned settings, whose costs the budgets start from
+    synthetic_acceptance: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("max_nodes", 0)):
@@ -53,6 +56,8 @@ class BenchConfig:
         resolve_dtype(self.dtype, resolve_device(self.device))
         for text in self.drafters:
             parse_drafter(text)
+        if self.synthetic_acceptance is not None:
+            parse_acceptance(self.synthetic_acceptance)
 
     @property
     def drafter_specs(self) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from specdec.cli.matching import Match
 from specdec.cli.measure import HF_ASSISTED, HF_GENERATE, HF_LOOKUP, PLAIN, Method, Output
 from specdec.cli.results import Group, Results, Turn
+from specdec.cli.synthetic import SYNTHETIC
 from specdec.metrics import Stats
 
 SCHEMA = 1
@@ -203,6 +204,8 @@ def _reference(results: Results, method: Method) -> Method | None:
     """Whose tokens the method must emit: generate()'s if greedy. Sampled, those of our own plain decoding with the
     same seed, if the verifier promises them; other rules keep the distribution only, and so does another's noise.
     """
+    if method.name == SYNTHETIC:
+        return None
     if results.config.temperature == 0:
         return results.methods[0] if method is not results.methods[0] else None
     if method.name in (*_HF, PLAIN) or method.verifier != _NOISE_COUPLED:

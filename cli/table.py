@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.cli.measure import HF_ASSISTED, HF_GENERATE, HF_LOOKUP, PLAIN
+from specdec.cli.synthetic import SYNTHETIC
 
 _REFERENCES = (HF_GENERATE, HF_LOOKUP, HF_ASSISTED, PLAIN)
 _PIPE_WIDTH = 120  # where there is no terminal to ask
@@ -49,7 +50,7 @@ def make_table(rows: list[Row]) -> Table:
             f"{row['tokens_per_s']:.1f}",
             f"{row['mean_acceptance_length']:.2f}",
             _shares(row),
-            "yes" if row["lossless"] else "NO",
+            _lossless(row),
             _match(row),
         )
     return table
@@ -68,6 +69,12 @@ def speedup(row: Row) -> str:
     return f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
 
 
+def _lossless(row: Row) -> str:
+    if row["method"] == SYNTHETIC:
+        return "no (synthetic)"
+    return "yes" if row["lossless"] else "NO"
+
+
 def _shares(row: Row) -> str:
     parts = [row[name] for name in ("draft_s", "score_s", "verify_s")]
     if None in parts:
@@ -77,6 +84,8 @@ def _shares(row: Row) -> str:
 
 def _match(row: Row) -> str:
     match = row["match"]
+    if row["method"] == SYNTHETIC:
+        return "(no text)"
     if match["compared_with"] is None:
         return "reference" if row["method"] in (HF_GENERATE, PLAIN) else "(sampled)"
     text = f"{match['identical']}/{match['total']}"
@@ -98,7 +107,7 @@ def notes(summary: Mapping[str, Any]) -> Iterator[str]:
     if not rows:
         return
     settings = summary["provenance"]["settings"]
-    yield _comparison(settings, is_lossless=all(row["lossless"] for row in rows))
+    yield _comparison(settings, is_lossless=all(row["lossless"] for row in rows if row["method"] != SYNTHETIC))
     found = [(row, difference) for row in rows for difference in row["match"]["differences"]]
     ties = [each for each in found if each[1]["is_explained"]]
     for row, difference in [each for each in found if not each[1]["is_explained"]] + ties[:_TIES_SHOWN]:
@@ -132,7 +141,7 @@ def conclusion(summary: Mapping[str, Any]) -> str:
     """One sentence on the fastest drafter."""
     if not summary["rows"]:
         return "Nothing was measured."
-    drafted = [row for row in summary["rows"] if row["method"] not in _REFERENCES]
+    drafted = [row for row in summary["rows"] if row["method"] not in (*_REFERENCES, SYNTHETIC)]
     row = max(drafted or [r for r in summary["rows"] if r["method"] == PLAIN], key=lambda r: float(r["speedup"]))
     return f"{_speed(row)}, {_identity(row)}."
 

@@ -80,6 +80,7 @@ class Growing:
     children: Children
     params: SamplingParams
     noise: RowNoise
+    draw_offset: int = 0  # where this drafter's random numbers start among those of its row and step
     tokens: list[int] = field(init=False)
     parents: list[int] = field(default_factory=lambda: [-1])
     confidence: list[float] = field(default_factory=lambda: [1.0])  # probability of the path under the draft model
@@ -165,7 +166,7 @@ class Growing:
         return torch.zeros(len(probs), dtype=scores.dtype, device=probs.device).scatter_(0, support, scores.softmax(-1))
 
     def _draw_children(self, node: int, probs: Tensor, count: int, depth: int) -> list[int]:
-        index = len(self.tokens)
+        index = self.draw_offset + len(self.tokens)
         source = len(self.draft_probs)
         if self.children is Children.TOP_PLUS_ONE and count > 1:
             top = probs.topk(min(count - 1, int((probs > 0).sum()))).indices.tolist()

@@ -17,25 +17,32 @@ from specdec.noise import Noise
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree, best_part
 
+_OFFSET = 4096  # random numbers of one drawing part in one step
+
 
 @dataclass(slots=True)
 class HybridDrafter:
     """Merges the trees of ``parts``.
 
-    Drawn trees are kept whole, because a drawn node must not be dropped for being improbable; what they leave of the
-    budget goes to the nodes that the others picked. An estimate is calibrated for each part by what was accepted, and
-    where two parts propose the same node their evidence adds up.
+    Drawn trees are always kept whole, because dropping a drawn node for what it is would not be exact: drafters that
+    draw (``is_drawing``) share the budget in equal parts, fixed beforehand, and have random numbers of their own
+    (``draw_offset``). What they leave of the budget goes to the best nodes that the others picked. Each part's estimates
+    are calibrated by what was accepted.
     """
 
     parts: Sequence[Drafter]
     name: str = "hybrid"
     _calibrations: list[Calibration] = field(init=False)
+    _drawing: list[Drafter] = field(init=False)
     _proposed: dict[Row, list[TokenTree]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if len(self.parts) < 2:
             raise ValueError(f"a hybrid needs at least two drafters, got {len(self.parts)}")
         self._calibrations = [Calibration() for _ in self.parts]
+        self._drawing = [part for part in self.parts if getattr(part, "is_drawing", False)]
+        for i, part in enumerate(self._drawing):
+            part.draw_offset = i * _OFFSET  # type: ignore[attr-defined]
 
     def begin(self, rows: Sequence[Row]) -> None:
         for part in self.parts:
@@ -44,7 +51,7 @@ class HybridDrafter:
     def propose(
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
     ) -> list[TokenTree]:
-        proposals = [part.propose(rows, limits, params, noise) for part in self.parts]
+        proposals = [part.propose(rows, self._share(part, limits), params, noise) for part in self.parts]
         trees = []
         for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
             own = [self._calibrated(k, proposal[i]) for k, proposal in enumerate(proposals)]
@@ -67,6 +74,15 @@ class HybridDrafter:
         for part in self.parts:
             part.end(rows)
 
+    def _share(self, part: Drafter, limits: Sequence[Limit]) -> Sequence[Limit]:
+        """The limits of one part: drawn trees are kept whole, so that they must fit beside each other."""
+        if part not in self._drawing:
+            return limits
+        if limits and limits[0].chain_only and part is not self._drawing[0]:
+            return [replace(limit, depth=0, nodes=0) for limit in limits]
+        count = 1 if limits and limits[0].chain_only else len(self._drawing)
+        return [replace(limit, nodes=limit.nodes // count) for limit in limits]
+
     def _calibrated(self, part: int, tree: TokenTree) -> TokenTree:
         if not tree.estimates:
             return tree
@@ -82,17 +98,13 @@ def _combine(trees: Sequence[TokenTree], limit: Limit) -> TokenTree:
     drawn = [tree for tree in trees if not tree.is_certain]
     picked = [tree for tree in trees if tree.is_certain and len(tree) > 1]
     if limit.chain_only:
-        return max(drawn + picked, key=_worth, default=trees[0])
-    whole: list[TokenTree] = []
-    room = limit.nodes
-    for tree in drawn:
-        if len(tree) - 1 <= room:
-            whole.append(tree)
-            room -= len(tree) - 1
-    if not picked:
-        return merge(whole or [TokenTree.root(trees[0].tokens[0])])
-    union = merge(picked)
-    return merge([*whole, best_part(union, union.estimates or (1.0,) * len(union), room)])
+        # Only picked chains may compete by their worth.
+        return drawn[0] if drawn else max(picked, key=_worth, default=trees[0])
+    room = limit.nodes - sum(len(tree) - 1 for tree in drawn)
+    if picked:
+        union = merge(picked)
+        drawn.append(best_part(union, union.estimates or (1.0,) * len(union), room))
+    return merge(drawn or [trees[0]])
 
 
 def _worth(tree: TokenTree) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.drafters.growth import Children, Growing, Shape
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.noise import Noise
@@ -26,13 +27,20 @@ class ModelDrafter:
         engine: the draft model.
         shape: which nodes get children (see Shape).
         children: how they are chosen; drawn ones are handed on with the distributions they were drawn from.
+        draw_offset: keeps the random numbers of several drawing drafters apart (see HybridDrafter).
     """
 
     engine: CausalLM
     shape: Shape
     children: Children = Children.CERTAIN
+    draw_offset: int = 0
     name: str = "model"
     _growing: dict[Row, Growing | None] = field(default_factory=dict, init=False)
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether its nodes are drawn: then all of them must be verified."""
+        return self.children not in (Children.CERTAIN, Children.COUPLED)
 
     def begin(self, rows: Sequence[Row]) -> None:
         self.engine.open(rows)
@@ -42,7 +50,7 @@ class ModelDrafter:
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
     ) -> list[TokenTree]:
         trees = [
-            Growing(row, limit, self.shape, self.children, params, noise.at(row.key, len(row.tokens)))
+            Growing(row, limit, self.shape, self.children, params, noise.at(row.key, len(row.tokens)), self.draw_offset)
             for row, limit in zip(rows, limits, strict=True)
         ]
         self._growing.update(zip(rows, trees, strict=True))
@@ -84,17 +92,19 @@ def _build(
     top_k: int = 4,
     min_confidence: float | None = None,
 ) -> Drafter:
-    if len(context.draft_models) != 1:
+    if not context.draft_models:
         raise ValueError(
-            f"drafter 'model' needs one draft model, got {len(context.draft_models)}; "
-            "pass draft_model=... (on the command line: --drafter-model NAME_OR_PATH)"
+            "drafter 'model' needs a draft model: pass draft_model=... (on the command line: --drafter-model NAME_OR_PATH)"
         )
-    engine = CausalLM(context.draft_models[0])
-    check_vocabulary(engine, context.target)
     if min_confidence is None:
         min_confidence = 0.3 if shape == "chain" else 0.0
     form = Shape.parse(str(shape), top_k, num_tokens, min_confidence)
-    return ModelDrafter(engine, form, _children(children, context.verifier.is_coupled, form))
+    chosen = _children(children, context.verifier.is_coupled, form)
+    parts = [ModelDrafter(CausalLM(model), form, chosen) for model in context.draft_models]
+    for part in parts:
+        check_vocabulary(part.engine, context.target)
+    # Several draft models: SpecInfer's merge-based speculation.
+    return parts[0] if len(parts) == 1 else HybridDrafter(parts, name="model")
 
 
 def _children(name: str | None, is_coupled: bool, shape: Shape) -> Children:

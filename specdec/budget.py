@@ -253,7 +253,7 @@ class AdaptiveBudget:
 
     def _needs_plain(self, num_rows: int) -> bool:
         """Whether what drafts are compared with is unknown, known from few passes, or long past."""
-        return self._since_plain >= min(2 ** self.costs.count(num_rows, 1), 128) - 1
+        return self._since_plain + 1 >= min(1 << self.costs.count(num_rows, 1), 128)
 
     def _depth(self, num_rows: int) -> int:
         """The depth that pays best where each level costs drafting time; deeper ones are tried a little at a time."""

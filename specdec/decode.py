@@ -70,7 +70,7 @@ class Decoder:
     def step(self, rows: Sequence[Row]) -> list[Emission]:
         """One pass for all rows: each emits at least one token."""
         started = self.clock()
-        limits = self.budget.limits(rows, self.target.chain_only)
+        limits = self.budget.limits(rows, self.target.chain_only or self.verifier.chain_only)
         proposed = self.drafter.propose(rows, limits, self.policy.params, self.noise)
         _check_trees(rows, proposed, limits, self.drafter.name)
         trees = self.budget.cut(rows, proposed)

@@ -150,6 +150,10 @@ class Verifier(Protocol):
         """Whether the emitted tokens follow the target's distribution exactly."""
 
     @property
+    def chain_only(self) -> bool:
+        """Whether it takes chains only."""
+
+    @property
     def is_coupled(self) -> bool:
         """Whether it decides by the noise of each position alone, which a drafter may share to be matched more often.
 

@@ -6,6 +6,7 @@ through its own hook, ``custom_generate``. What the hook drops (streamer, tokeni
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ from specdec.noise import PhiloxNoise
 from specdec.options import check_generation_config, check_model_kwargs, make_policy, num_padding
 from specdec.policy import LazyProbs
 from specdec.target import CausalLM
+from specdec.tuned import SUFFIX, load_tuned
 from specdec.verifiers import make_verifier
 
 
@@ -69,7 +71,8 @@ def generate(
     Args:
         model: any causal LM of transformers; it is not modified.
         inputs: (B, L) token ids, left-padded; ``input_ids=`` works as well.
-        drafter: a name, "name:option=value,...", or a Drafter.
+        drafter: a name, "name:option=value,...", a Drafter, or a file of ``specdec tune`` ("tuned.json"), which then
+            also decides on ``max_nodes`` and ``adaptive``.
         verifier: a name or a Verifier.
         draft_model: for drafters that run a model.
         seed: of the sampling noise; None takes one from torch's generator, so ``torch.manual_seed`` governs it.
@@ -149,8 +152,10 @@ def custom_generate(
         check_generation_config(generation_config)
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
         models = () if draft_model is None else (ours(draft_model),)
-        proposer = make_drafter(drafter, DraftContext(target, rule, models)) if isinstance(drafter, str) else drafter
-        budget = make_budget(max_nodes, adaptive, _COSTS.setdefault(target.model, PassCosts()))
+        plan = _plan(drafter, max_nodes, adaptive, target.model, len(input_ids))
+        named = plan.drafter
+        proposer = make_drafter(named, DraftContext(target, rule, models)) if isinstance(named, str) else named
+        budget = make_budget(plan.max_nodes, plan.adaptive, plan.costs)
         batch = _Batch(input_ids, padding, generation_config, stopping_criteria, streamer)
         policy = make_policy(logits_processor, generation_config, batch.padding_tokens)
         noise = PhiloxNoise(int(torch.randint(2**62, ()).item()) if seed is None else seed)
@@ -168,6 +173,28 @@ def custom_generate(
 
 # What passes of a model cost here, for as long as it lives: a call starts where the last one ended.
 _COSTS: WeakKeyDictionary[Any, PassCosts] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What decides on drafts, whether named in the call or by a tuned file."""
+
+    drafter: str | Drafter
+    max_nodes: int
+    adaptive: bool
+    costs: PassCosts
+
+
+def _plan(drafter: str | Drafter, max_nodes: int, adaptive: bool, model: Any, num_rows: int) -> _Plan:
+    if not (isinstance(drafter, str) and drafter.endswith(SUFFIX)):
+        return _Plan(drafter, max_nodes, adaptive, _COSTS.setdefault(model, PassCosts()))
+    tuned = load_tuned(drafter)
+    warning = tuned.warning(model)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
+    entry = tuned.nearest(num_rows)
+    costs = _COSTS.setdefault(model, PassCosts() if warning else tuned.costs())
+    return _Plan(entry.drafter, entry.max_nodes, entry.adaptive, costs)
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ class CopiedRejection:
 
     name: str = "mutant"
     lossless: bool = True
+    chain_only: bool = False
     is_coupled: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 

@@ -48,6 +48,7 @@ class Corrupting(MatchVerifier):
 
     name = "corrupting"
     lossless = True
+    chain_only = False
     draws = MatchVerifier().draws
 
     def verify(self, tree, target, noise):

@@ -160,6 +160,7 @@ class AcceptsAll:
     last: int
     name: str = "accepts all"
     lossless: bool = False
+    chain_only: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:

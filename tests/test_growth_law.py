@@ -27,7 +27,7 @@ from toy import (
     table,
 )
 
-from specdec.drafters import growth
+from specdec.drafters import growth, hybrid
 from specdec.drafters.growth import Children, Growing
 from specdec.drafters.merge import merge
 from specdec.interfaces import Limit, Row, Scores, Verdict
@@ -49,10 +49,16 @@ class GrowingDrafter:
     shape: growth.Shape
     vocab: int = 3
     name: str = "growing"
+    seed: int = 13
+    draw_offset: int = 0
     logits: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.logits = table(13, self.vocab, spread=1.0, holes=4)
+        self.logits = table(self.seed, self.vocab, spread=1.0, holes=4)
+
+    @property
+    def is_drawing(self) -> bool:
+        return self.children is not Children.CERTAIN
 
     def begin(self, rows: Sequence[Row]) -> None: ...
 
@@ -61,7 +67,8 @@ class GrowingDrafter:
     ) -> list[TokenTree]:
         trees = []
         for row, limit in zip(rows, limits, strict=True):
-            growing = Growing(row, limit, self.shape, self.children, params, noise.at(row.key, len(row.tokens)))
+            here = noise.at(row.key, len(row.tokens))
+            growing = Growing(row, limit, self.shape, self.children, params, here, self.draw_offset)
             while growing.frontier:
                 growing.expand(self.logits[[self._context(growing, node) for node in growing.frontier]])
             trees.append(growing.proposal())
@@ -169,3 +176,37 @@ def test_merged_trees_are_as_exact_as_their_parts(
     """Guards drawn nodes that vanish in the union: each is an attempt that changes what later ones are compared with."""
     first, second = (ToyDrafter(*part, seed=11 + i) for i, part in enumerate(pair))
     assert error(Loop(MergingDrafter(first, second), make_verifier(verifier), ToyTarget(2))) <= TOLERANCE
+
+
+PARTS: dict[str, list[tuple[Children, str, int]]] = {
+    "picked + picked": [(Children.CERTAIN, "2x1", 13), (Children.CERTAIN, "chain", 14)],
+    "picked + drawn": [(Children.CERTAIN, "2x1", 13), (Children.WITHOUT_REPLACEMENT, "2x1", 14)],
+    "drawn + drawn": [(Children.INDEPENDENT, "2x1", 13), (Children.INDEPENDENT, "2x1", 14)],
+    "drawn + drawn + picked": [
+        (Children.TOP_PLUS_ONE, "2x1", 13),
+        (Children.WITHOUT_REPLACEMENT, "chain", 14),
+        (Children.CERTAIN, "2x1", 15),
+    ],
+}
+
+
+@pytest.mark.parametrize("verifier", ["match", "rejection", "traversal", "block"])
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("max_nodes", [2, 3, 6])
+def test_a_hybrid_of_any_parts_keeps_the_law(
+    parts: str, verifier: str, max_nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards drawn trees chosen or dropped for what they hold, and parts that draw with the same random numbers."""
+    monkeypatch.setattr(hybrid, "_learn", lambda *_: None)  # every branch of a step must meet the same drafter
+    made = [GrowingDrafter(children, SHAPES[shape], seed=seed) for children, shape, seed in PARTS[parts]]
+    loop = Loop(hybrid.HybridDrafter(made), make_verifier(verifier), ToyTarget(3), max_nodes=max_nodes)
+    assert error(loop) <= TOLERANCE
+
+
+def test_a_hybrid_that_keeps_the_more_promising_drawn_chain_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug that choosing between drawn trees by their own probability would be."""
+    monkeypatch.setattr(hybrid, "_learn", lambda *_: None)
+    monkeypatch.setattr(hybrid, "_combine", lambda trees, _: max(trees, key=lambda tree: sum(tree.estimates)))
+    made = [GrowingDrafter(Children.INDEPENDENT, SHAPES["chain"], seed=seed) for seed in (13, 14)]
+    loop = Loop(hybrid.HybridDrafter(made), make_verifier("rejection"), ToyTarget(3))
+    assert error(loop) > 1e-3

@@ -23,6 +23,7 @@ class BlockVerifier:
 
     name: str = "block"
     lossless: bool = True
+    chain_only: bool = True
     is_coupled: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 

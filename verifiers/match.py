@@ -22,6 +22,7 @@ class MatchVerifier:
 
     name: str = "match"
     lossless: bool = True
+    chain_only: bool = False
     is_coupled: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
 

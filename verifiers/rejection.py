@@ -28,6 +28,7 @@ class RejectionVerifier:
 
     name: str = "rejection"
     lossless: bool = True
+    chain_only: bool = False
     is_coupled: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 

@@ -39,6 +39,7 @@ class TraversalVerifier:
 
     name: str = "traversal"
     lossless: bool = True
+    chain_only: bool = False
     is_coupled: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 

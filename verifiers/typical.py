@@ -26,6 +26,7 @@ class TypicalVerifier:
     delta: float = 0.3
     name: str = "typical"
     lossless: bool = False
+    chain_only: bool = False
     is_coupled: bool = True  # it asks for no draft distributions: drafters may pick as they like
     draws: frozenset[Draw] = frozenset(Draw)
 
