@@ -43,7 +43,9 @@ def bench(
     config: options.Config = None,
     synthetic_acceptance: Annotated[
         str | None,
-        typer.Option(metavar="RATE,RATE,...|mean=X", help="Also what a drafter accepted like this would bring; no text."),
+        typer.Option(
+            metavar="RATE,RATE,...|mean=X", help="Also what a drafter accepted like this would bring; no text."
+        ),
     ] = None,
     accelerate: options.Accelerate = True,
     dtype: options.Dtype = "auto",

@@ -93,7 +93,9 @@ def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[li
     skipped: list[dict[str, str]] = []
     tuned = read_config(config.config)
     warn_config(tuned, loaded.model)
-    costs = tuned.costs() if tuned else PassCosts()  # one machine, one target: what one method's passes cost holds for all
+    costs = (
+        tuned.costs() if tuned else PassCosts()
+    )  # one machine, one target: what one method's passes cost holds for all
 
     def hf(name: str, draft_model: Any | None = None) -> HfGenerate:
         return HfGenerate(name, loaded.model, ends, config.temperature, config.seed, draft_model, clock)
@@ -118,11 +120,20 @@ def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[li
     methods.append(own(PLAIN, None))
     methods += [own(parse_drafter(spec)[0], spec) for spec in config.drafter_specs]
     if config.synthetic_acceptance is not None:
-        pair = synthetic_pair(config.synthetic_acceptance, ends)
-        spec = f"{SYNTHETIC}:{config.synthetic_acceptance}"
-        sampling = (ends, config.temperature, config.seed)
+        proposer, judge = synthetic_pair(config.synthetic_acceptance, ends)
         methods.append(
-            Speculative(SYNTHETIC, spec, loaded.engine, *pair, *sampling, FixedBudget(config.max_nodes), clock)
+            Speculative(
+                SYNTHETIC,
+                f"{SYNTHETIC}:{config.synthetic_acceptance}",
+                loaded.engine,
+                proposer,
+                judge,
+                ends,
+                config.temperature,
+                config.seed,
+                FixedBudget(config.max_nodes),
+                clock,
+            )
         )
     return methods, skipped
 

@@ -87,6 +87,7 @@ class SyntheticVerifier:
     name: str = SYNTHETIC
     lossless: bool = False
     is_coupled: bool = False
+    chain_only: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:

@@ -44,6 +44,7 @@ def tune(
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
     max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
+    accelerate: options.Accelerate = True,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -83,7 +84,7 @@ def tune(
         parse_drafter(spec)
     specs = [each for spec in specs if spec != "none" for each in (MODEL_SHAPES if spec == "model" else (spec,))]
     rule, params = make_verifier(verifier), SamplingParams(temperature)
-    loaded = load(target, drafter_model, dtype, device)
+    loaded = load(target, drafter_model, dtype, device, accelerate=accelerate)
     ids = _prompt_ids(loaded, prompts, limit, max_new_tokens)
     setting = Setting(loaded.engine, rule, loaded.draft_models, params, eos_ids(loaded.model), max_new_tokens)
     models = {"target": model_facts(target)}
@@ -91,7 +92,13 @@ def tune(
         models["drafter"] = model_facts(drafter_model)
     found = {str(size): _tune(setting, specs, ids, size, max_nodes, seconds) for size in sizes}
     told = {"verifier": verifier, "prompts": prompts, "num_prompts": len(ids), "max_new_tokens": max_new_tokens}
-    told |= {"temperature": temperature, "drafters": specs, "max_nodes": max_nodes, "seconds": seconds}
+    told |= {
+        "temperature": temperature,
+        "drafters": specs,
+        "max_nodes": max_nodes,
+        "seconds": seconds,
+        "accelerate": accelerate,
+    }
     where = collect(
         ["specdec", *sys.argv[1:]], dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=told
     )
