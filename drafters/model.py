@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from specdec.drafters.growth import Children, Growing, Shape
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.errors import UnsupportedModelError
@@ -14,6 +17,8 @@ from specdec.noise import Noise
 from specdec.sampling import SamplingParams
 from specdec.target import CausalLM
 from specdec.tree import TokenTree
+
+_PADDING = 0.01  # share of a vocabulary that may be padding
 
 
 @dataclass(slots=True)
@@ -27,12 +32,14 @@ class ModelDrafter:
         engine: the draft model.
         shape: which nodes get children (see Shape).
         children: how they are chosen; drawn ones are handed on with the distributions they were drawn from.
+        vocab_size: the target's, if it differs from the draft model's by padding.
         draw_offset: keeps the random numbers of several drawing drafters apart (see HybridDrafter).
     """
 
     engine: CausalLM
     shape: Shape
     children: Children = Children.CERTAIN
+    vocab_size: int | None = None  # the target's, where it differs in padding
     draw_offset: int = 0
     name: str = "model"
     _growing: dict[Row, Growing | None] = field(default_factory=dict, init=False)
@@ -43,8 +50,9 @@ class ModelDrafter:
         return self.children not in (Children.CERTAIN, Children.COUPLED)
 
     def begin(self, rows: Sequence[Row]) -> None:
-        self.engine.open(rows)
-        self._growing.update((row, None) for row in rows)
+        known = [row for row in rows if max(row.tokens) < self.engine.vocab_size]
+        self.engine.open(known)
+        self._growing.update((row, None) for row in known)
 
     def propose(
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
@@ -53,30 +61,42 @@ class ModelDrafter:
             Growing(row, limit, self.shape, self.children, params, noise.at(row.key, len(row.tokens)), self.draw_offset)
             for row, limit in zip(rows, limits, strict=True)
         ]
-        self._growing.update(zip(rows, trees, strict=True))
+        for tree in trees:
+            if not self._can_read(tree.row):
+                tree.frontier = []
+        self._growing.update((tree.row, tree) for tree in trees if tree.row in self._growing)
         while active := [tree for tree in trees if tree.frontier]:
             scores = self.engine.score(
                 [tree.row for tree in active], [t.engine_tree for t in active], [len(t.scored) for t in active]
             )
             for tree, score in zip(active, scores, strict=True):
-                tree.expand(score.logits)
+                logits = score.logits
+                tree.expand(logits if self.vocab_size is None else fitted(logits, self.vocab_size))
         return [tree.proposal() for tree in trees]
 
     def observe(
         self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
     ) -> None:
         # A token that the draft model never saw is processed together with the next root.
-        paths = []
+        open_rows, paths = [], []
         for row, verdict in zip(rows, verdicts, strict=True):
-            growing = self._growing[row]
-            paths.append(growing.scored_path(verdict.tokens[:-1]) if growing else [])
-        self.engine.commit(rows, paths)
+            if growing := self._growing.get(row):
+                open_rows.append(row)
+                paths.append(growing.scored_path(verdict.tokens[:-1]))
+        self.engine.commit(open_rows, paths)
 
     def end(self, rows: Sequence[Row]) -> None:
         begun = [row for row in rows if row in self._growing]
         for row in begun:
             del self._growing[row]
         self.engine.close(begun)
+
+    def _can_read(self, row: Row) -> bool:
+        """Whether the draft model has an id for every token of the row; once it has not, the row is left alone."""
+        if row in self._growing and max(row.tokens[-1 - row.num_new :]) >= self.engine.vocab_size:
+            self.engine.close([row])
+            del self._growing[row]
+        return row in self._growing
 
 
 def build(context: DraftContext) -> Drafter:
@@ -100,9 +120,12 @@ def _build(
         min_confidence = 0.3 if shape == "chain" else 0.0
     form = Shape.parse(str(shape), top_k, num_tokens, min_confidence)
     chosen = _children(children, context.verifier.is_coupled, form)
-    parts = [ModelDrafter(CausalLM(model), form, chosen) for model in context.draft_models]
-    for part in parts:
-        check_vocabulary(part.engine, context.target)
+    parts = []
+    for model in context.draft_models:
+        engine = CausalLM(model)
+        check_vocabulary(engine, context.target)
+        size: int = context.target.vocab_size  # type: ignore[attr-defined]
+        parts.append(ModelDrafter(engine, form, chosen, size if size != engine.vocab_size else None))
     # Several draft models: SpecInfer's merge-based speculation.
     return parts[0] if len(parts) == 1 else HybridDrafter(parts, name="model")
 
@@ -125,11 +148,23 @@ def _children(name: str | None, is_coupled: bool, shape: Shape) -> Children:
 def check_vocabulary(engine: CausalLM, target: Any) -> None:
     """Refuse a draft model whose token ids cannot mean the same.
 
+    Vocabularies of one family often differ in padding, rows at the end that no tokenizer uses: those are cut or
+    filled. Exactness never depends on the draft; a mistake here would only cost accepted tokens.
+
     Raises:
-        UnsupportedModelError: the two vocabularies have different sizes.
+        UnsupportedModelError: the two vocabularies differ by more than padding.
     """
-    if engine.vocab_size != target.vocab_size:
+    sizes = sorted((engine.vocab_size, target.vocab_size))
+    if sizes[1] - sizes[0] > max(_PADDING * sizes[1], 0):
         raise UnsupportedModelError(
             f"the draft model has {engine.vocab_size} token ids and the target {target.vocab_size}: they do not share "
             "a tokenizer; use a draft model of the same family, or a drafter without a model such as 'ngram'"
         )
+
+
+def fitted(logits: Tensor, vocab_size: int) -> Tensor:
+    """``logits`` (k, V') cut or filled with -inf to (k, ``vocab_size``)."""
+    missing = vocab_size - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :vocab_size]
+    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))

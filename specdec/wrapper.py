@@ -74,7 +74,7 @@ def generate(
         drafter: a name, "name:option=value,...", a Drafter, or a file of ``specdec tune`` ("tuned.json"), which then
             also decides on ``max_nodes`` and ``adaptive``.
         verifier: a name or a Verifier.
-        draft_model: for drafters that run a model.
+        draft_model: for drafters that run a model; a list of models for merged speculation.
         seed: of the sampling noise; None takes one from torch's generator, so ``torch.manual_seed`` governs it.
         max_nodes: the largest tree, in nodes below the root.
         adaptive: size each step's trees by what they bring and cost on this machine, down to no draft at all (see
@@ -151,7 +151,7 @@ def custom_generate(
         target = CausalLM(ours(model))
         check_generation_config(generation_config)
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
-        models = () if draft_model is None else (ours(draft_model),)
+        models = tuple(map(ours, _as_models(draft_model)))
         plan = _plan(drafter, max_nodes, adaptive, target.model, len(input_ids))
         named = plan.drafter
         proposer = make_drafter(named, DraftContext(target, rule, models)) if isinstance(named, str) else named
@@ -169,6 +169,12 @@ def custom_generate(
         return batch.result(stats)
 
     return run
+
+
+def _as_models(given: Any) -> Sequence[Any]:
+    if given is None:
+        return ()
+    return given if isinstance(given, list | tuple) else (given,)
 
 
 # What passes of a model cost here, for as long as it lives: a call starts where the last one ended.

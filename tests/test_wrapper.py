@@ -326,6 +326,59 @@ def test_a_draft_model_of_another_vocabulary_is_refused(model: Any) -> None:
         specdec.generate(model, torch.tensor([[5, 9]]), drafter="model", draft_model=other, max_new_tokens=4)
 
 
+@pytest.mark.parametrize("vocab", [VOCAB - 1, VOCAB + 1])
+@pytest.mark.parametrize("verifier", ["match", "rejection"])
+def test_a_draft_model_may_differ_from_the_target_in_padding(
+    model: Any, vocab: int, verifier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models of one family pad their vocabularies differently; a token that the draft model lacks must not crash it."""
+    from specdec.drafters import model as model_drafter
+
+    monkeypatch.setattr(model_drafter, "_PADDING", 0.05)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    other = LlamaForCausalLM(config).eval()
+    ids = torch.tensor([[5, 9, 3], [VOCAB - 1, 7, 8]])  # the second holds an id that the smaller vocabulary lacks
+    mask = torch.ones_like(ids)
+    settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 16}
+    for shape in ("chain", "2x2"):
+        out = specdec.generate(
+            model,
+            ids,
+            drafter=f"model:shape={shape}",
+            draft_model=other,
+            do_sample=False,
+            verifier=verifier,
+            **settings,
+        )
+        assert torch.equal(out, model.generate(ids, do_sample=False, **settings))
+        specdec.generate(
+            model, ids, drafter=f"model:shape={shape}", draft_model=other, do_sample=True, verifier=verifier, **settings
+        )
+
+
+@pytest.mark.parametrize("verifier", ["match", "rejection", "traversal"])
+@pytest.mark.parametrize("shape", ["chain", "best-first", "3x2x1"])
+def test_trees_of_one_and_of_several_draft_models_equal_generate(
+    model: Any, draft_model: Any, prompts: dict[str, Tensor], shape: str, verifier: str
+) -> None:
+    """SpecInfer's trees and their merging change nothing under greedy decoding."""
+    expected = model.generate(**prompts, max_new_tokens=20, do_sample=False)
+    for drafts in (draft_model, [draft_model, tiny(3, layers=1)]):
+        out = specdec.generate(
+            model,
+            **prompts,
+            drafter=f"model:shape={shape}",
+            draft_model=drafts,
+            verifier=verifier,
+            max_new_tokens=20,
+            do_sample=False,
+        )
+        assert torch.equal(out, expected)
+
+
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, Any]:
     tokenizer = specdec.load_tokenizer("smollm2-135m")
