@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.accelerate import accelerated
+from specdec.errors import ModelUnavailableError, UnsupportedModelError
 from specdec.models import is_fetched, known_models, load_model, load_tokenizer, model_path
 from specdec.target import CausalLM
 
@@ -39,12 +40,33 @@ def load(
     """
     model = load_model(target, dtype=dtype, device=device, progress=_tell)
     tokenizer = load_tokenizer(target, progress=_tell)
+    if draft_model is not None:
+        _check_tokenizers(tokenizer, draft_model)
     drafts = () if draft_model is None else (load_model(draft_model, dtype=dtype, device=device, progress=_tell),)
 
     def ours(plain: Any) -> Any:
         return accelerated(plain, in_place=not compare) if accelerate else plain
 
     return Loaded(model, CausalLM(ours(model)), tokenizer, drafts, tuple(map(ours, drafts)))
+
+
+def _check_tokenizers(tokenizer: Any, draft_model: str) -> None:
+    """Refuse a draft model that means other tokens by the same ids; one without a tokenizer is taken at its word.
+
+    Raises:
+        UnsupportedModelError: fewer than 99 of 100 token ids agree.
+    """
+    try:
+        other = load_tokenizer(draft_model, progress=_tell)
+    except (ModelUnavailableError, ValueError):
+        return
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    agree = sum(theirs.get(token) == number for token, number in ours.items())
+    if agree < 0.99 * len(ours):
+        raise UnsupportedModelError(
+            f"the tokenizer of draft model {draft_model!r} gives the target's ids to {agree} of {len(ours)} tokens: they do "
+            "not share a vocabulary; use a draft model of the same family, or a drafter without a model such as 'ngram'"
+        )
 
 
 def eos_ids(model: Any) -> frozenset[int]:

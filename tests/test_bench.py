@@ -10,6 +10,8 @@ import pytest
 import tinychat
 import torch
 from tinychat import QUESTIONS, VOCAB
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from specdec.cli.benchmark import run_bench
 from specdec.cli.loading import load
@@ -230,6 +232,18 @@ def test_a_draft_model_with_another_vocabulary_is_refused(bench, tmp_path):
     other = tinychat.save(tmp_path, tinychat.make_model(vocab=VOCAB + 5))
     with pytest.raises(UnsupportedModelError, match="do not share a tokenizer"):
         bench(drafter_model=other, drafters=("ngram",))
+
+
+def test_a_draft_model_whose_tokenizer_means_other_tokens_is_refused(bench, tmp_path):
+    """Two vocabularies of the same size need not be the same; the drafts would be noise without a word."""
+    tokenizer = tinychat.make_tokenizer()
+    inner = json.loads(tokenizer.backend_tokenizer.to_str())
+    letters = list(inner["model"]["vocab"])
+    inner["model"]["vocab"] = {letter: i for i, letter in enumerate(reversed(letters))}
+    shuffled = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(inner)), eos_token="<eos>")
+    other = tinychat.save(tmp_path, tokenizer=shuffled)
+    with pytest.raises(UnsupportedModelError, match="do not share a vocabulary"):
+        bench(drafter_model=other, drafters=("model",))
 
 
 def test_drafters_with_other_options_are_told_apart(bench):
