@@ -174,8 +174,10 @@ class Speculative:
         return row.tokens[-1] in self.eos_ids
 
     def _model_s(self) -> float:
-        draft_engine = getattr(self.proposer, "engine", None)
-        return self.engine.model_s + float(getattr(draft_engine, "model_s", 0.0))
+        """Seconds inside models so far: the target's and those of every draft model, also of a hybrid's parts."""
+        parts = getattr(self.proposer, "parts", (self.proposer,))
+        engines = [part.engine for part in parts if hasattr(part, "engine")]
+        return self.engine.model_s + sum(float(engine.model_s) for engine in engines)
 
 
 @contextmanager

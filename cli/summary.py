@@ -78,10 +78,15 @@ def _numbers(results: Results, method: Method, category: str | None) -> dict[str
     decode = [each for each in decode if each[0] > 0 and each[1] > 0]
     ratio = geometric_mean([a / b for a, b, _ in decode], [w for *_, w in decode]) if decode else None
     totals = _Totals.of(method, counted)
+    plain = next((m for m in results.methods if m.name == PLAIN), None)
+    own = None if plain is None else geometric_mean([_rate(g, method) / _rate(g, plain) for g in groups], weights)
     return {
         "speedup": speedup.mean,
         "speedup_low": speedup.low,
         "speedup_high": speedup.high,
+        "speedup_vs_plain": own and own.mean,
+        "speedup_vs_plain_low": own and own.low,
+        "speedup_vs_plain_high": own and own.high,
         "speedup_decode": ratio and ratio.mean,
         "speedup_decode_low": ratio and ratio.low,
         "speedup_decode_high": ratio and ratio.high,

@@ -86,7 +86,7 @@ def tune(
     rule, params = make_verifier(verifier), SamplingParams(temperature)
     loaded = load(target, drafter_model, dtype, device, accelerate=accelerate)
     ids = _prompt_ids(loaded, prompts, limit, max_new_tokens)
-    setting = Setting(loaded.engine, rule, loaded.draft_models, params, eos_ids(loaded.model), max_new_tokens)
+    setting = Setting(loaded.engine, rule, loaded.own_draft_models, params, eos_ids(loaded.model), max_new_tokens)
     models = {"target": model_facts(target)}
     if drafter_model is not None:
         models["drafter"] = model_facts(drafter_model)

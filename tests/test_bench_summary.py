@@ -78,6 +78,7 @@ def test_the_speedup_without_prefill_counts_what_came_after_the_first_pass():
     *_, row = summarise(results([group(0, "a", outputs)]))["rows"]
     assert row["speedup"] == pytest.approx(6 / 3.5)
     assert row["speedup_decode"] == pytest.approx(2.0)
+    assert row["speedup_vs_plain"] == pytest.approx(6 / 3.5), "plain decoding took as long as the baseline"
 
 
 def test_without_any_later_token_there_is_no_decode_speedup():
@@ -138,6 +139,12 @@ DISTRUST = "but 1 of 4 outputs differ for no known reason: do not trust the spee
 )
 def test_the_conclusion_says_what_was_measured(measured, said):
     assert said in conclusion({"rows": [measured]})
+
+
+def test_the_conclusion_tells_speculation_from_faster_layers():
+    """A speedup over generate() holds both; whoever reads one sentence must not take it all for speculation."""
+    vs_plain = {"speedup_vs_plain": 1.2, "speedup_vs_plain_low": 1.1, "speedup_vs_plain_high": 1.3}
+    assert "Speculation alone brings 1.20x [1.10, 1.30]" in conclusion({"rows": [row(1.42, 1.35, 1.5, **vs_plain)]})
 
 
 def test_every_unexplained_difference_is_shown_and_a_few_near_ties():
