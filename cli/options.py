@@ -41,7 +41,7 @@ Adaptive = Annotated[
 Accelerate = Annotated[
     bool,
     typer.Option(
-        "--accelerate/--no-accelerate", help="On a CPU, run the models with packed layers; the tokens are the same."
+        "--accelerate/--no-accelerate", help="On a CPU, run the models with packed layers; only near ties may differ."
     ),
 ]
 Dtype = Annotated[
