@@ -86,11 +86,7 @@ class HybridDrafter:
     def _calibrated(self, part: int, tree: TokenTree) -> TokenTree:
         if not tree.estimates:
             return tree
-        value = self._calibrations[part].value
-        values = [1.0]
-        for node in range(1, len(tree)):
-            values.append(min(values[tree.parents[node]], value(tree.estimates[node])))
-        return replace(tree, estimates=tuple(values))
+        return replace(tree, estimates=tuple(self._calibrations[part].values(tree)))
 
 
 def _combine(trees: Sequence[TokenTree], limit: Limit) -> TokenTree:

@@ -158,6 +158,13 @@ class Calibration:
             self._values = self._fitted()
         return self._values[_bucket(estimate)]
 
+    def values(self, tree: TokenTree) -> list[float]:
+        """(n,) for the estimates of ``tree``, never growing from a parent to its child."""
+        values = [1.0]
+        for node in range(1, len(tree)):
+            values.append(min(values[tree.parents[node]], self.value(tree.estimates[node])))
+        return values
+
     def learn(self, estimate: float, is_accepted: bool) -> None:
         bucket = _bucket(estimate)
         self.hits[bucket] += is_accepted
@@ -276,7 +283,7 @@ class AdaptiveBudget:
     def cut(self, rows: Sequence[Row], trees: Sequence[TokenTree]) -> list[TokenTree]:
         if any(len(tree) > 1 and (not tree.is_certain or not tree.estimates) for tree in trees):
             return list(trees)
-        values = [self._values(tree) for tree in trees]
+        values = [self.calibration.values(tree) for tree in trees]
         most = max(len(tree) for tree in trees)
         curve = self.costs.curve(len(trees), most)
         ranked = [sorted(each[1:], reverse=True) for each in values]
@@ -286,12 +293,6 @@ class AdaptiveBudget:
             if tokens / curve[size] > best_rate:
                 best_size, best_rate = size, tokens / curve[size]
         return [best_part(tree, each, best_size) for tree, each in zip(trees, values, strict=True)]
-
-    def _values(self, tree: TokenTree) -> list[float]:
-        values = [1.0]
-        for node in range(1, len(tree)):
-            values.append(min(values[tree.parents[node]], self.calibration.value(tree.estimates[node])))
-        return values
 
     def learn(
         self,
