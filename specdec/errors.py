@@ -23,3 +23,7 @@ class InexactDraftError(SpecdecError, ValueError):
 
 class ModelUnavailableError(SpecdecError, OSError):
     """A model could not be found, fetched or read."""
+
+
+class CheckpointError(SpecdecError, ValueError):
+    """A drafter's checkpoint is damaged or does not hold what its format says; the message names the key."""

@@ -1,0 +1,192 @@
+"""EAGLE's draft networks: the cell of EAGLE-3 (Li et al., 2025), and the layers of EAGLE-1 and 2 (Li et al., 2024).
+
+Both read, for each position, the embedding of the next token and a state: at first one made of the target's features,
+then their own output. Attention is the caller's: training unrolls it, drafting keeps a cache. State-dict keys are
+those of the published layout. Letters: B rows, T columns, H hidden size, D head size, G key-value heads, V target
+vocabulary, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from specdec.drafters.eagle_config import EagleConfig
+
+# (layer, q (B, heads, T, D), k and v (B, G, T, D) of the new columns) -> attended (B, heads, T, D)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class _Attention(nn.Module):
+    """The projections around attention."""
+
+    def __init__(self, config: EagleConfig, in_size: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(in_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(in_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(in_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (self._split(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return q, k, v
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def join(self, attended: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class _Layer(nn.Module):
+    """A decoder layer whose norms before attention (``norms``) differ from version to version."""
+
+    input_layernorm: nn.RMSNorm
+    hidden_norm: nn.RMSNorm
+    post_attention_layernorm: nn.RMSNorm
+
+    def __init__(self, config: EagleConfig, in_size: int, norms: tuple[str, ...]) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config, in_size)
+        self.mlp = _MLP(config)
+        for name in (*norms, "post_attention_layernorm"):
+            setattr(self, name, nn.RMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """(B, T, H): the layer's output, from its residual stream and what its heads attended to."""
+        h = residual + self.self_attn.join(attended)
+        out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        return out
+
+
+class _Rotary(nn.Module):
+    """Rotary embeddings in float32 whatever the weights' type: their frequencies are no buffer that a cast could round."""
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        rotary = LlamaRotaryEmbedding(config.llama())
+        self._frequencies: Tensor = rotary.inv_freq.float().clone()
+        self._scale = float(rotary.attention_scaling)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, T, D) for ``positions`` (B, T)."""
+        self._frequencies = self._frequencies.to(positions.device)
+        angles = positions[..., None].float() * self._frequencies
+        angles = torch.cat([angles, angles], -1)
+        return (angles.cos() * self._scale).to(dtype), (angles.sin() * self._scale).to(dtype)
+
+
+class EagleCell(nn.Module):
+    """EAGLE-3's one decoder layer: r = h; a = attn(cat[input_layernorm(emb), hidden_norm(h)]); h = r + a; h += mlp."""
+
+    num_layers = 1
+    has_output = True
+    d2t: Tensor  # (Vd,) target id - draft id
+    t2d: Tensor  # (V,) which target ids the draft vocabulary holds
+
+    def __init__(self, config: EagleConfig, draft_vocab: Tensor | None = None) -> None:
+        """``draft_vocab`` (Vd,) are target ids in rising order; None: the first Vd ids, until weights are loaded."""
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.fc = nn.Linear(3 * config.target_hidden_size, size, bias=False)
+        self.midlayer = _Layer(config, 2 * size, ("hidden_norm", "input_layernorm"))
+        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, size) if config.has_embedding else None
+        self.rotary = _Rotary(config)
+        ids = torch.arange(config.draft_vocab_size) if draft_vocab is None else draft_vocab.long()
+        if ids.shape != (config.draft_vocab_size,):
+            raise ValueError(f"draft_vocab must hold {config.draft_vocab_size} ids, got shape {tuple(ids.shape)}")
+        self.register_buffer("d2t", ids - torch.arange(len(ids)))
+        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True))
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The first states (..., H), from three of the target's layers side by side (..., 3H)."""
+        states: Tensor = self.fc(features)
+        return states
+
+    def qkv(self, embeds: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, heads, T, D), k and v (B, G, T, D), rotated; ``embeds`` and ``states`` (B, T, H), ``positions`` (B, T)."""
+        layer = self.midlayer
+        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(states)], -1)
+        return layer.self_attn.project(x, *self.rotary(positions, x.dtype))
+
+    def finish(self, states: Tensor, attended: Tensor) -> Tensor:
+        """The next states (B, T, H), before any norm: what the next step reads."""
+        residual = self.midlayer.hidden_norm(states) if self.config.norm_before_residual else states
+        return self.midlayer.finish(residual, attended)
+
+    def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The next states (B, T, H)."""
+        return self.finish(states, attend(0, *self.qkv(embeds, states, positions)))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., Vd) over the draft vocabulary."""
+        out: Tensor = self.lm_head(self.norm(states))
+        return out
+
+    def target_ids(self) -> Tensor:
+        """(Vd,) the target's token id of each row of the logits."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+
+class FeatureCell(nn.Module):
+    """EAGLE-1 and 2: x = fc(cat[emb, f]) through decoder layers, the first without a norm at its input.
+
+    It predicts the target's next last hidden state, whose logits are the target's own: it has no output matrix.
+    """
+
+    has_output = False
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.num_layers = config.num_hidden_layers
+        self.fc = nn.Linear(2 * size, size, bias=config.fc_bias)
+        self.layers = nn.ModuleList(
+            _Layer(config, size, () if i == 0 else ("input_layernorm",)) for i in range(self.num_layers)
+        )
+        self.embed_tokens = nn.Embedding(config.vocab_size, size) if config.has_embedding else None
+        self.rotary = _Rotary(config)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's last hidden state as it is."""
+        return features
+
+    def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The next states (B, T, H)."""
+        h: Tensor = self.fc(torch.cat([embeds, states], -1))
+        angles = self.rotary(positions, h.dtype)
+        for i, module in enumerate(self.layers):
+            layer = cast(_Layer, module)
+            x = h if i == 0 else layer.input_layernorm(h)
+            h = layer.finish(h, attend(i, *layer.self_attn.project(x, *angles)))
+        return h
+
+    def target_ids(self) -> Tensor:
+        """(V,) every id."""
+        return torch.arange(self.config.vocab_size, device=self.fc.weight.device)
