@@ -53,12 +53,17 @@ def bench(
     threads: options.Threads = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write all numbers here.")] = None,
     trace: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write every step here.")] = None,
+    trace_probs: Annotated[
+        bool, typer.Option("--trace-probs", help="With --trace: probabilities and entropies of every step too.")
+    ] = False,
 ) -> None:
     """Measure drafters against Hugging Face generate() and compare their tokens.
 
     In one process, prompt by prompt in turn: generate(), its prompt lookup (and assisted generation, with a draft
     model), our own loop without drafts, and each drafter. Status 1 if tokens differ for another reason than rounding.
     """
+    if trace_probs and trace is None:
+        raise ValueError("--trace-probs writes to the trace: add --trace FILE.jsonl")
     output, trace = (path.expanduser() if path else None for path in (output, trace))
     _check_paths(prompts, output, trace)
     from specdec.cli.benchmark import run_bench
@@ -91,6 +96,7 @@ def bench(
         device=device,
         threads=threads,
         trace=trace,
+        trace_probs=trace_probs,
         config=config,
         synthetic_acceptance=synthetic_acceptance,
     )

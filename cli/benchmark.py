@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from specdec.budget import FixedBudget, PassCosts, make_budget
+from specdec.cli.details import token_texts
 from specdec.cli.loading import Loaded, check_prompt, context_limit, eos_ids, load, model_facts
 from specdec.cli.matching import Judge
 from specdec.cli.measure import (
@@ -106,7 +107,7 @@ def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[li
         proposer = make_drafter(spec or "none", DraftContext(loaded.engine, verifier, loaded.own_draft_models))
         sampling = (ends, config.temperature, config.seed)
         budget = make_budget(config.max_nodes, config.adaptive and spec is not None, costs)
-        return Speculative(name, spec, loaded.engine, proposer, verifier, *sampling, budget, clock)
+        return Speculative(name, spec, loaded.engine, proposer, verifier, *sampling, budget, clock, config.trace_probs)
 
     methods: list[Method] = [hf(HF_GENERATE)]
     for name, drafts in ((HF_LOOKUP, (None,)), (HF_ASSISTED, loaded.draft_models)):
@@ -166,6 +167,7 @@ class _Bench:
     tell: Tell
     num_runs: int = 0
     num_turns: int = 0
+    told: set[int] = field(default_factory=set)  # tokens whose texts are in the trace
 
     def measure(self, questions: Sequence[Question], trace: TraceWriter | None) -> None:
         size = self.config.batch_size
@@ -178,6 +180,7 @@ class _Bench:
                 # A group counts once every method has done all of it.
                 self.results.groups.append(group)
                 if trace is not None:
+                    trace.vocabulary(self._new_texts(group))
                     write_group(trace, group, number)
         except KeyboardInterrupt:
             self.results.is_partial = True
@@ -217,6 +220,12 @@ class _Bench:
             prompts.append(tuple(ids))
         return Batch(tuple(prompts), tuple(q.number for q in questions), self.config.max_new_tokens)
 
+    def _new_texts(self, group: Group) -> dict[int, str]:
+        """Texts of the tokens that occur in ``group`` and in none before."""
+        new = sorted(_tokens_in(group) - self.told)
+        self.told.update(new)
+        return token_texts(self.loaded.tokenizer, new)
+
     def _rotated(self) -> list[Method]:
         """The methods, beginning with another one each turn: nobody always runs right behind the same one."""
         first = self.num_turns % len(self.results.methods)
@@ -231,16 +240,20 @@ class _Bench:
 
 
 def write_group(trace: TraceWriter, group: Group, number: int) -> None:
-    """The trace of one group: for each turn and method the steps, then the outputs."""
+    """The trace of one group: for each turn the prompts, then for each method the steps and the outputs."""
     for index, turn in enumerate(group.turns):
+        for question, ids in zip(turn.questions, turn.batch.prompts, strict=True):
+            prompt = question.prompt
+            trace.prompt(ids, question_id=prompt.question_id, category=prompt.category, turn=index)
         for method, output in turn.outputs.items():
             names = {"method": method.name, "drafter": method.drafter, "verifier": method.verifier}
             labels = {
                 q.number: {**names, "question_id": q.prompt.question_id, "category": q.prompt.category, "turn": index}
                 for q in turn.questions
             }
-            for step in output.steps:
-                trace.step(step, **labels[step.row])
+            details = [each.as_dict() for each in output.details] or [None] * len(output.steps)
+            for step, detail in zip(output.steps, details, strict=True):
+                trace.step(step, detail, **labels[step.row])
             for question, ids, tokens in zip(turn.questions, turn.batch.prompts, output.tokens, strict=True):
                 trace.output(
                     tokens,
@@ -250,4 +263,15 @@ def write_group(trace: TraceWriter, group: Group, number: int) -> None:
                     group=number,
                     num_rows=len(turn.questions),
                     num_prompt_tokens=len(ids),
+                    lossless=method.lossless,
                 )
+
+
+def _tokens_in(group: Group) -> set[int]:
+    """Every token of the prompts, the outputs and the drafts."""
+    found: set[int] = set()
+    for turn in group.turns:
+        found.update(*turn.batch.prompts)
+        for output in turn.outputs.values():
+            found.update(*output.tokens, *(step.tree_tokens for step in output.steps))
+    return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.budget import Budget
+from specdec.cli.details import Details, details
 from specdec.decode import Decoder
 from specdec.interfaces import Drafter, Row, Step, Verifier
 from specdec.noise import PhiloxNoise
@@ -47,6 +48,7 @@ class Output:
     num_first: int  # those tokens
     blocks: tuple[tuple[int, ...], ...]  # (B,) of tokens that each pass gave the row
     steps: tuple[Step, ...] = ()  # of our own loop
+    details: tuple[Details, ...] = ()  # one for each step, if asked for
     model_s: float | None = None  # inside the forward passes of target and draft model
 
     @property
@@ -132,6 +134,7 @@ class Speculative:
     seed: int
     budget: Budget
     clock: Clock = time.perf_counter
+    is_detailed: bool = False  # also look behind each step; the time for it is left out of the measurement
 
     @property
     def verifier(self) -> str:
@@ -151,6 +154,8 @@ class Speculative:
             for key, ids in zip(batch.keys, batch.prompts, strict=True)
         ]
         steps: list[Step] = []
+        seen: list[Details] = []
+        looking_s = 0.0
         model_s = self._model_s()
         started = self.clock()
         first = started
@@ -158,7 +163,11 @@ class Speculative:
             if not steps:
                 first = self.clock()
             steps.append(emission.step)
-        ended = self.clock()
+            if self.is_detailed:
+                looked = self.clock()
+                seen.append(details(emission))
+                looking_s += self.clock() - looked
+        ended = self.clock() - looking_s
         blocks = tuple(tuple(len(s.tokens) for s in steps if s.row == row.key) for row in rows)
         return Output(
             tokens=tuple(up_to_end(row.tokens[row.num_prompt :], self.eos_ids) for row in rows),
@@ -167,6 +176,7 @@ class Speculative:
             num_first=sum(block[0] for block in blocks),
             blocks=blocks,
             steps=tuple(steps),
+            details=tuple(seen),
             model_s=self._model_s() - model_s,
         )
 

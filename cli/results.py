@@ -43,6 +43,7 @@ class BenchConfig:
     device: str = "auto"
     threads: int | None = None
     trace: Path | None = None
+    trace_probs: bool = False
     config: Path | None = None  # tuned settings, whose costs the budgets start from
     synthetic_acceptance: str | None = None
 

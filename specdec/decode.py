@@ -25,6 +25,7 @@ class Emission:
 
     step: Step
     row: Row
+    tree: TokenTree
     probs: TargetProbs
     scores: Scores
 
@@ -90,7 +91,7 @@ class Decoder:
         seconds = (drafted - started + self.clock() - verified, scored - drafted, verified - scored)
         shares = [s / len(rows) for s in seconds]
         return [
-            Emission(_record(row, tree, verdict, len(rows), shares, done), row, p, score)
+            Emission(_record(row, tree, verdict, len(rows), shares, done), row, tree, p, score)
             for row, tree, verdict, done, p, score in zip(rows, trees, verdicts, finished, probs, scores, strict=True)
         ]
 

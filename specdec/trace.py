@@ -30,8 +30,10 @@ class TraceWriter:
         self._counts = {"steps": 0, "outputs": 0}
         self._write({"schema": SCHEMA, "type": "provenance", **provenance})
 
-    def step(self, step: Step, **labels: Any) -> None:
-        """One row's share of one pass. Labels: method, drafter, question_id, category, turn."""
+    def step(self, step: Step, details: Mapping[str, Any] | None = None, **labels: Any) -> None:
+        """One row's share of one pass. Labels: method, drafter, question_id, category, turn. ``details``, if known,
+        are the step's optional fields.
+        """
         self._counts["steps"] += 1
         self._write(
             {
@@ -51,6 +53,7 @@ class TraceWriter:
                 "score_s": step.score_s,
                 "verify_s": step.verify_s,
                 "finished": step.finished,
+                **(details or {}),
             }
         )
 
@@ -67,6 +70,14 @@ class TraceWriter:
                 "token_ids": list(token_ids),
             }
         )
+
+    def prompt(self, token_ids: Sequence[int], **labels: Any) -> None:
+        """What all methods were given for one turn. Labels: question_id, category, turn."""
+        self._write({"type": "prompt", **labels, "token_ids": list(token_ids)})
+
+    def vocabulary(self, texts: Mapping[int, str]) -> None:
+        """The texts of tokens, so that a reader needs no tokenizer; a trace may hold several of these lines."""
+        self._write({"type": "vocabulary", "texts": {str(token): text for token, text in texts.items()}})
 
     def end(self) -> None:
         """The run is complete."""
@@ -105,14 +116,14 @@ def read_trace(path: str | Path) -> Iterator[dict[str, Any]]:
         for number, raw in enumerate(file, 1):
             is_whole = raw.endswith(b"\n")
             try:
-                line = _parse(raw)
+                line = parse_line(raw)
             except ValueError as error:
                 if is_whole or number == 1:
                     raise ValueError(f"{name}, line {number}: {error}; it is not a trace of specdec") from None
                 yield _warning(number, "the last line is cut short and was left out: the run was interrupted")
                 return
             if number == 1:
-                _check_head(name, line)
+                check_head(name, line)
             has_ended = line["type"] == "end"
             yield line
     if number == 0:
@@ -121,7 +132,8 @@ def read_trace(path: str | Path) -> Iterator[dict[str, Any]]:
         yield _warning(number, "there is no end line: the run was interrupted, or is still going on")
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+def parse_line(raw: bytes) -> dict[str, Any]:
+    """One line as a dict; ValueError if it is no JSON object with a type."""
     try:
         line = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -131,7 +143,8 @@ def _parse(raw: bytes) -> dict[str, Any]:
     return line
 
 
-def _check_head(name: str, line: dict[str, Any]) -> None:
+def check_head(name: str, line: dict[str, Any]) -> None:
+    """Whether the first line is that of a trace which this version reads; ValueError if not."""
     if line["type"] != "provenance" or not isinstance(line.get("schema"), int):
         raise ValueError(f"{name}, line 1: a trace of specdec begins with its provenance, got type {line['type']!r}")
     if line["schema"] > SCHEMA:
