@@ -67,11 +67,11 @@ def bench(
     output, trace = (path.expanduser() if path else None for path in (output, trace))
     _check_paths(prompts, output, trace)
     from specdec.cli.benchmark import run_bench
-    from specdec.cli.files import write_json
     from specdec.cli.progress import progress
     from specdec.cli.results import BenchConfig
     from specdec.cli.summary import summarise
     from specdec.cli.table import print_summary
+    from specdec.files import write_json
 
     tuned = options.read_config(config)
     if tuned is not None:
@@ -114,7 +114,7 @@ def bench(
 
 def _check_paths(prompts: str, output: Path | None, trace: Path | None) -> None:
     """Refuse files that cannot be written, or that would overwrite each other or the prompts."""
-    from specdec.cli.files import check_writable
+    from specdec.files import check_writable
 
     taken = {} if prompts == BUILTIN else {Path(prompts).expanduser().resolve(): "the prompts"}
     for what, path in (("--output", output), ("--trace", trace)):

@@ -68,9 +68,9 @@ def tune(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     options.set_threads(threads)
-    from specdec.cli.files import check_writable, write_json
     from specdec.cli.loading import eos_ids, load, model_facts
     from specdec.drafters import parse_drafter
+    from specdec.files import check_writable, write_json
     from specdec.provenance import collect
     from specdec.sampling import SamplingParams
     from specdec.tuned import SCHEMA, fingerprint

@@ -25,6 +25,7 @@ from specdec.interfaces import Row, Scores
 from specdec.probe import Support, inspect_model, probe
 from specdec.tree import TokenTree
 
+PASS_COLUMNS = 128  # padded columns that are worth a pass of their own to avoid
 PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
 
 
@@ -227,14 +228,9 @@ class CausalLM:
         order = sorted(range(len(parts)), key=lambda i: parts[i].line.index)
         if self.chain_only:
             return [[i] for i in order]
-        groups: list[list[int]] = []
-        for i in order:
-            # A pass reads a run of neighbouring lines as one slice.
-            if groups and parts[i].line.index == parts[groups[-1][-1]].line.index + 1:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        return groups
+        indices = [parts[i].line.index for i in order]
+        runs = grouped(indices, [len(parts[i].new_tokens) for i in order])
+        return [order[run] for run in runs]
 
     def _prefill(self, row: Row, pending: list[int]) -> list[Scores]:
         """Process what a long prompt has beyond one chunk, chunk by chunk."""
@@ -294,6 +290,33 @@ class CausalLM:
             part.start == first.start and len(part.new_tokens) == size and (part.tree is None or part.tree.is_chain)
             for part in parts
         )
+
+
+def grouped(lines: Sequence[int], sizes: Sequence[int]) -> list[slice]:
+    """Which of neighbouring parts share a pass: those with the least padded columns in all, each pass counting too.
+
+    A pass reads a run of neighbouring ``lines`` as one slice and is as wide as the largest of its ``sizes``. Without
+    this, one row that joins with its prompt would make every row of the batch as wide as that prompt.
+    """
+    if len(set(sizes)) <= 1 and lines[-1] - lines[0] == len(lines) - 1:
+        return [slice(0, len(lines))]
+    best, cuts = [0], [0]  # of the first i parts: the least columns, and where the last group starts
+    for end in range(1, len(lines) + 1):
+        widest, least, cut = 0, float("inf"), end - 1
+        for first in range(end - 1, -1, -1):
+            if lines[first] + end - 1 - first != lines[end - 1]:
+                break
+            widest = max(widest, sizes[first])
+            columns = best[first] + widest * (end - first) + PASS_COLUMNS
+            if columns < least:
+                least, cut = columns, first
+        best.append(int(least))
+        cuts.append(cut)
+    runs, end = [], len(lines)
+    while end:
+        runs.append(slice(cuts[end], end))
+        end = cuts[end]
+    return runs[::-1]
 
 
 def expanded(scores: Scores, nodes: Sequence[int], num_scored: int) -> Scores:

@@ -12,7 +12,7 @@ import pytest
 import tinychat
 from tinychat import QUESTIONS
 
-from specdec.cli.files import check_writable, write_json
+from specdec.files import check_writable, write_json
 from specdec.drafters import DRAFTERS
 from specdec.drafters.ngram import NgramDrafter
 from specdec.interfaces import Verdict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
 
 import pytest
 from toy import CERTAIN, INDEPENDENT, TWO_MODELS, UNBALANCED, Kind, ToyDrafter, ToyTarget, chain, full
@@ -15,6 +16,7 @@ from specdec.interfaces import Drafter, Limit, Row, Scores, Step, TargetProbs, V
 from specdec.noise import Noise, PhiloxNoise, RowNoise
 from specdec.policy import ParamsPolicy
 from specdec.sampling import SamplingParams
+from specdec.target import PASS_COLUMNS, grouped
 from specdec.tree import Draw, TokenTree
 from specdec.verifiers.match import MatchVerifier
 from specdec.verifiers.rejection import RejectionVerifier
@@ -274,3 +276,25 @@ def test_every_step_emits_at_least_one_token() -> None:
     emissions = list(replace(make(Fixed((2, 2, 2))), verifier=MatchVerifier()).run(rows))
     assert all(e.step.tokens for e in emissions)
     assert rows[0].num_emitted == 30
+
+
+def test_a_row_that_joins_with_a_long_prompt_does_not_widen_the_pass_of_the_others() -> None:
+    assert grouped(range(32), [1] * 31 + [120]) == [slice(0, 31), slice(31, 32)]
+    assert grouped(range(4), [5, 6, 4, 1]) == [slice(0, 4)]
+
+
+def test_rows_that_are_not_neighbours_in_the_cache_never_share_a_pass() -> None:
+    assert grouped([0, 1, 3, 4], [1, 1, 1, 1]) == [slice(0, 2), slice(2, 4)]
+
+
+def test_the_groups_have_the_least_padded_columns() -> None:
+    """Against every way of cutting eight parts."""
+    sizes = [30, 40, 200, 90, 45, 33, 60, 20]
+
+    def columns(cuts: tuple[int, ...]) -> int:
+        edges = [0, *cuts, len(sizes)]
+        return sum(max(sizes[a:b]) * (b - a) + PASS_COLUMNS for a, b in pairwise(edges))
+
+    best = min(columns(cuts) for n in range(8) for cuts in combinations(range(1, 8), n))
+    found = grouped(range(8), sizes)
+    assert columns(tuple(run.start for run in found[1:])) == best

@@ -23,7 +23,7 @@ FOLDERS = {
 # Modules of one layer may import each other and everything in `may`; the first match counts.
 CORE = (
     "specdec.errors specdec.tree specdec.noise specdec.sampling specdec.interfaces specdec.trace specdec.metrics "
-    "specdec.provenance specdec.defaults specdec.budget"
+    "specdec.provenance specdec.defaults specdec.files specdec.budget"
 ).split()
 MODEL = (
     "specdec.attention specdec.cache specdec.capture specdec.probe specdec.target specdec.models specdec.prompts "

@@ -30,8 +30,12 @@ def check_writable(path: Path, what: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` beside ``path`` and move it there, so that a reader never sees half of it."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write ``content`` as JSON, in one go."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and move it there, so that a reader never sees half of it."""
     if not _is_replaced(path):
         path.write_text(text, "utf-8")
         return
