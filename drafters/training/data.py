@@ -1,0 +1,237 @@
+"""Training text: conversations that the target itself answers, and for which it can also write the questions.
+
+A data folder holds one JSON line for each conversation, appended as it ends, so an interrupted run goes on where it
+stopped. What a conversation holds depends on the folder's seed and its number alone, never on the batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdec.decode import Decoder
+from specdec.drafters.none import NoDrafter
+from specdec.files import write_json, write_text
+from specdec.interfaces import Row, Scores, Target, TargetProbs, Verifier
+from specdec.noise import PhiloxNoise
+from specdec.policy import ParamsPolicy
+from specdec.sampling import GREEDY, SamplingParams
+from specdec.tree import TokenTree
+
+_LINES = "conversations.jsonl"
+_FACTS = "data.json"
+_MARK = "\ue000"  # stands for the user's text in the chat template; no tokenizer merges it with its neighbours
+OPENERS = Path(__file__).with_name("openers.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings:
+    """What decides the content of a data folder.
+
+    ``answer_temperatures`` are taken in turn; 0 is greedy. Questions are sampled at temperature 1 from the 64 best
+    tokens: training needs many different ones more than good ones.
+    """
+
+    target: str
+    count: int  # conversations
+    source: str = "self"  # or the sha256 of a file of questions
+    seed: int = 0
+    max_question_tokens: int = 128
+    max_answer_tokens: int = 256
+    answer_temperatures: tuple[float, ...] = (0.0, 0.7)
+
+    def __post_init__(self) -> None:
+        for name in ("count", "max_question_tokens", "max_answer_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.answer_temperatures or min(self.answer_temperatures) < 0:
+            raise ValueError(f"answer_temperatures needs numbers that are not negative, got {self.answer_temperatures}")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One question with the target's answer, as token ids of the whole chat."""
+
+    index: int
+    tokens: tuple[int, ...]
+    num_prompt: int  # tokens before the answer
+
+    @property
+    def num_answer(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """What is needed to let a chat model speak for the user: the ids around the user's text.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or the template does not show the user's text as it is.
+    """
+
+    opening: tuple[int, ...]  # before the user's text
+    closing: tuple[int, ...]  # behind it, up to where the answer starts
+    encode: Callable[[str], list[int]]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the target has no chat template, so it cannot write questions; give a file of prompts")
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+        )
+        before, found, behind = text.partition(_MARK)
+        if not found or not behind:
+            raise ValueError("the chat template does not show the user's text as it is; give a file of prompts")
+
+        def encode(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        return cls(tuple(encode(before)), tuple(encode(behind)), encode)
+
+    def prompt(self, question: Sequence[int]) -> list[int]:
+        return [*self.opening, *question, *self.closing]
+
+
+@dataclass(slots=True)
+class DataFolder:
+    """A folder of conversations on disk."""
+
+    path: Path
+    settings: DataSettings
+
+    def open(self) -> None:
+        """Make the folder, or check that what lies there was made by the same settings (``count`` may grow).
+
+        Raises:
+            ValueError: it holds data of other settings.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        facts = json.loads(json.dumps(asdict(self.settings)))
+        file = self.path / _FACTS
+        if file.exists():
+            known = json.loads(file.read_text("utf-8"))
+            wrong = [key for key in facts if key != "count" and known.get(key) != facts[key]]
+            if wrong:
+                raise ValueError(
+                    f"{self.path} holds data made with other settings ({', '.join(f'{k}={known.get(k)!r}' for k in wrong)}); "
+                    "name another folder, or delete this one"
+                )
+        write_json(file, facts)
+
+    def read(self) -> list[Conversation]:
+        """What is there so far, by number; a last line that was cut short is left out and removed."""
+        file = self.path / _LINES
+        if not file.exists():
+            return []
+        data = file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            write_text(file, whole.decode("utf-8"))
+        found = {}
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                item = json.loads(line)
+                found[item["index"]] = Conversation(item["index"], tuple(item["tokens"]), item["num_prompt"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}, line {number} is not a conversation ({error}); delete the line") from None
+        return [found[index] for index in sorted(found) if index < self.settings.count]
+
+
+@dataclass(slots=True)
+class _RowPolicy:
+    """Sampling parameters of each row's own."""
+
+    by_key: dict[int, SamplingParams] = field(default_factory=dict)
+    params: SamplingParams = GREEDY  # what a drafter should imitate; there is none
+
+    def target_probs(self, row: Row, tree: TokenTree, scores: Scores) -> TargetProbs:
+        return ParamsPolicy(self.by_key[row.key]).target_probs(row, tree, scores)
+
+
+class _Queue(Iterator[Row]):
+    """Rows that wait. Answers go first; empty for now is not the end, because a question's end adds its answer."""
+
+    def __init__(self, starts: Iterator[Row]) -> None:
+        self._starts = starts
+        self.answers: deque[Row] = deque()
+
+    def __next__(self) -> Row:
+        return self.answers.popleft() if self.answers else next(self._starts)
+
+
+@dataclass(slots=True)
+class Generator:
+    """Lets a target write and answer questions, many rows in each pass.
+
+    Args:
+        target: the engine, such as ``CausalLM``.
+        verifier: how tokens are picked (``match`` for plain sampling).
+        ends: ids that end a text.
+        chat: the template's ids.
+        openers: first words of questions; without any, the target chooses the topic alone.
+        questions: ids of given questions; the target then writes none itself.
+    """
+
+    target: Target
+    verifier: Verifier
+    ends: frozenset[int]
+    chat: Chat
+    settings: DataSettings
+    openers: Sequence[str] = ()
+    questions: Sequence[Sequence[int]] | None = None
+    batch_size: int = 32
+    _policy: _RowPolicy = field(default_factory=_RowPolicy, init=False)
+
+    def run(self, folder: DataFolder) -> Iterator[Conversation]:
+        """Make what is missing in ``folder``, and yield each conversation once it is on disk."""
+        done = {conversation.index for conversation in folder.read()}
+        todo = (index for index in range(self.settings.count) if index not in done)
+        queue = _Queue(self._start(index) for index in todo)
+        decoder = Decoder(
+            self.target, NoDrafter(), self.verifier, self._policy, PhiloxNoise(self.settings.seed), self._stops
+        )
+        with (folder.path / _LINES).open("a", encoding="utf-8") as file:
+            for emission in decoder.run(queue, self.batch_size):
+                if not emission.step.finished:
+                    continue
+                row = emission.row
+                del self._policy.by_key[row.key]
+                if self._is_question(row):
+                    question = [t for t in row.tokens[len(self.chat.opening) :] if not self._closes(t)]
+                    queue.answers.append(self._answer(row.key >> 1, question))
+                    continue
+                conversation = Conversation(row.key >> 1, tuple(row.tokens), row.num_prompt)
+                file.write(json.dumps(asdict(conversation)) + "\n")
+                file.flush()
+                yield conversation
+
+    # A row's key: twice the conversation's number for a question, one more for its answer.
+
+    def _is_question(self, row: Row) -> bool:
+        return row.key % 2 == 0
+
+    def _closes(self, token: int) -> bool:
+        return token in self.ends or token == self.chat.closing[0]
+
+    def _stops(self, row: Row) -> bool:
+        return self._closes(row.tokens[-1]) if self._is_question(row) else row.tokens[-1] in self.ends
+
+    def _start(self, index: int) -> Row:
+        if self.questions is not None:
+            return self._answer(index, self.questions[index])
+        opener = self.openers[index % len(self.openers)] if self.openers else ""
+        tokens = [*self.chat.opening, *self.chat.encode(opener)]
+        self._policy.by_key[2 * index] = SamplingParams(temperature=1.0, top_k=64)
+        return Row(2 * index, tokens, len(tokens) + self.settings.max_question_tokens)
+
+    def _answer(self, index: int, question: Sequence[int]) -> Row:
+        temperatures = self.settings.answer_temperatures
+        temperature = temperatures[index // max(len(self.openers), 1) % len(temperatures)]
+        self._policy.by_key[2 * index + 1] = SamplingParams(temperature, 64 if temperature else 0)
+        tokens = self.chat.prompt(question)
+        return Row(2 * index + 1, tokens, len(tokens) + self.settings.max_answer_tokens)
