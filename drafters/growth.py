@@ -1,6 +1,7 @@
 """How a draft model's tree grows: which children a node gets, which nodes get children, and what is proposed.
 
-Knows nothing of models: it is handed the draft distribution of each node that it asked for. Letters: V vocabulary.
+Knows nothing of models: it is handed the draft distribution of each node that it asked for. Letters: k nodes of one
+level, V the target's vocabulary, Vd the draft's.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specdec.interfaces import Limit, Row
+from specdec.drafters.ranking import DraftVocab, ranking
+from specdec.interfaces import Limit, Row, Scores
 from specdec.noise import RowNoise, Stream
 from specdec.sampling import SamplingParams, sampling_probs
 from specdec.tree import Draw, TokenTree
@@ -70,6 +73,26 @@ class Shape:
             raise ValueError(f"shape must be chain, best-first or widths such as 3x2x1, got {text!r}") from None
 
 
+def choose_children(name: str | None, is_coupled: bool, shape: Shape) -> Children:
+    """How to choose children: as ``name`` says, or what suits the verifier (``is_coupled``: it shares its noise).
+
+    Raises:
+        ValueError: an unknown name, or coupling with a verifier that does not share its noise.
+    """
+    if name is not None and name not in list(Children):
+        raise ValueError(f"children must be one of {', '.join(Children)}, got {name!r}")
+    if name == Children.COUPLED and not is_coupled:
+        # A verifier that looks ahead would see noise that it meets again in a later step.
+        raise ValueError(
+            "children=coupled shares noise with verifier 'match'; choose certain or drawn children for others"
+        )
+    if name is not None:
+        return Children(name)
+    if is_coupled:
+        return Children.COUPLED
+    return Children.INDEPENDENT if set(shape.widths) == {1} else Children.WITHOUT_REPLACEMENT
+
+
 @dataclass(slots=True)
 class Growing:
     """One row's tree as it grows. Nodes that were scored are asked for in ``scored``'s order."""
@@ -81,10 +104,10 @@ class Growing:
     params: SamplingParams
     noise: RowNoise
     draw_offset: int = 0  # where this drafter's random numbers start among those of its row and step
+    vocab: DraftVocab | None = None  # None: the draft's logits are over the target's vocabulary
     tokens: list[int] = field(init=False)
     parents: list[int] = field(default_factory=lambda: [-1])
     confidence: list[float] = field(default_factory=lambda: [1.0])  # probability of the path under the draft model
-    depths: list[int] = field(default_factory=lambda: [0])
     sources: list[int] = field(default_factory=lambda: [-1])
     draft_probs: list[Tensor] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
@@ -106,10 +129,8 @@ class Growing:
         return TokenTree(tuple(self.tokens[node] for node in order), parents)
 
     def expand(self, logits: Tensor) -> None:
-        """Give the frontier children from its draft ``logits`` (len(frontier), V), and choose the next frontier."""
-        grown: list[int] = []
-        for node, each in zip(self.frontier, logits, strict=True):
-            grown += self._add_children(node, each)
+        """Give the frontier children from its draft ``logits`` (len(frontier), Vd), and choose the next frontier."""
+        grown = self._pick_children(logits) if self._may_drop else self._draw_level(logits)
         self.scored += self.frontier
         self.level += 1
         if self.level >= min(self.shape.num_levels, self.limit.depth):
@@ -140,30 +161,30 @@ class Growing:
                 fresh.append(node)
         return fresh
 
-    def _add_children(self, node: int, logits: Tensor) -> list[int]:
-        count = 1 if self.limit.chain_only else self.shape.num_children(self.depths[node])
-        if not self._may_drop:
-            count = min(count, self.limit.nodes - (len(self.tokens) - 1))
-        if count < 1:
-            return []
-        depth = self.depths[node]
-        if self._may_drop:
-            probs = self._ranking(logits, depth)
-            best = probs.topk(min(count, len(probs)))
-            pairs = [(t, p) for t, p in zip(best.indices.tolist(), best.values.tolist(), strict=True) if p > 0]
-            return [self._add(node, token, prob, -1) for token, prob in pairs]
-        return self._draw_children(node, sampling_probs(logits, self.params), count, depth)
+    @property
+    def _num_children(self) -> int:
+        """How many children each node of this level gets."""
+        return 1 if self.limit.chain_only else self.shape.num_children(self.level)
 
-    def _ranking(self, logits: Tensor, depth: int) -> Tensor:
-        """How likely each token (V,) is the target's; with coupling softmax(log q + the verifier's own noise)."""
-        if self.params.is_greedy:
-            return logits.float().softmax(-1)
-        probs = sampling_probs(logits, self.params)
-        if self.children is Children.CERTAIN:
-            return probs
-        support = probs.nonzero().squeeze(-1)
-        scores = probs[support].double().log() + self.noise.gumbel(support, depth)
-        return torch.zeros(len(probs), dtype=scores.dtype, device=probs.device).scatter_(0, support, scores.softmax(-1))
+    def _pick_children(self, logits: Tensor) -> list[int]:
+        noise = self.noise if self.children is Children.COUPLED else None
+        probs = ranking(logits, self.params, noise, self.level, self.vocab)
+        best = probs.topk(min(self._num_children, probs.shape[-1]))
+        tokens = best.indices if self.vocab is None else self.vocab.ids[best.indices]
+        grown = []
+        for node, *children in zip(self.frontier, tokens.tolist(), best.values.tolist(), strict=True):
+            grown += [self._add(node, token, prob, -1) for token, prob in zip(*children, strict=True) if prob > 0]
+        return grown
+
+    def _draw_level(self, logits: Tensor) -> list[int]:
+        grown = []
+        for node, each in zip(self.frontier, logits, strict=True):
+            count = min(self._num_children, self.limit.nodes - (len(self.tokens) - 1))
+            if count > 0:
+                probs = sampling_probs(each, self.params)
+                probs = probs if self.vocab is None else self.vocab.spread(probs)
+                grown += self._draw_children(node, probs, count, self.level)
+        return grown
 
     def _draw_children(self, node: int, probs: Tensor, count: int, depth: int) -> list[int]:
         index = self.draw_offset + len(self.tokens)
@@ -195,7 +216,6 @@ class Growing:
         self.tokens.append(token)
         self.parents.append(parent)
         self.confidence.append(self.confidence[parent] * prob)
-        self.depths.append(self.depths[parent] + 1)
         self.sources.append(source)
         return len(self.tokens) - 1
 
@@ -231,3 +251,31 @@ class Growing:
                 break
             path.append(place[node])
         return path
+
+
+class DraftEngine(Protocol):
+    """What a tree can be grown with: a model that keeps what it has scored of a tree until the next step."""
+
+    def score(self, rows: Sequence[Row], trees: Sequence[TokenTree], num_scored: Sequence[int]) -> list[Scores]:
+        """Draft logits of the nodes behind the first ``num_scored`` ones of each tree, in one pass."""
+
+
+def grow(engine: DraftEngine, growing: Sequence[Growing], vocab_size: int | None = None) -> None:
+    """Grow trees to their end: one pass of ``engine`` for each level of all of them.
+
+    ``vocab_size`` is the target's, where the engine's logits differ from it by padding.
+    """
+    while active := [tree for tree in growing if tree.frontier]:
+        scores = engine.score(
+            [tree.row for tree in active], [tree.engine_tree for tree in active], [len(t.scored) for t in active]
+        )
+        for tree, score in zip(active, scores, strict=True):
+            tree.expand(score.logits if vocab_size is None else fitted(score.logits, vocab_size))
+
+
+def fitted(logits: Tensor, vocab_size: int) -> Tensor:
+    """``logits`` (k, V') cut or filled with -inf to (k, ``vocab_size``)."""
+    missing = vocab_size - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :vocab_size]
+    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from specdec.drafters.growth import Children, Growing, Shape
+from specdec.drafters.growth import Children, Growing, Shape, choose_children, grow
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
@@ -65,13 +62,7 @@ class ModelDrafter:
             if not self._can_read(tree.row):
                 tree.frontier = []
         self._growing.update((tree.row, tree) for tree in trees if tree.row in self._growing)
-        while active := [tree for tree in trees if tree.frontier]:
-            scores = self.engine.score(
-                [tree.row for tree in active], [t.engine_tree for t in active], [len(t.scored) for t in active]
-            )
-            for tree, score in zip(active, scores, strict=True):
-                logits = score.logits
-                tree.expand(logits if self.vocab_size is None else fitted(logits, self.vocab_size))
+        grow(self.engine, trees, self.vocab_size)
         return [tree.proposal() for tree in trees]
 
     def observe(
@@ -119,7 +110,7 @@ def _build(
     if min_confidence is None:
         min_confidence = 0.3 if shape == "chain" else 0.0
     form = Shape.parse(str(shape), top_k, num_tokens, min_confidence)
-    chosen = _children(children, context.verifier.is_coupled, form)
+    chosen = choose_children(children, context.verifier.is_coupled, form)
     parts = []
     for model in context.draft_models:
         engine = CausalLM(model)
@@ -128,21 +119,6 @@ def _build(
         parts.append(ModelDrafter(engine, form, chosen, size if size != engine.vocab_size else None))
     # Several draft models: SpecInfer's merge-based speculation.
     return parts[0] if len(parts) == 1 else HybridDrafter(parts, name="model")
-
-
-def _children(name: str | None, is_coupled: bool, shape: Shape) -> Children:
-    if name is not None and name not in list(Children):
-        raise ValueError(f"children must be one of {', '.join(Children)}, got {name!r}")
-    if name == Children.COUPLED and not is_coupled:
-        # A verifier that looks ahead would see noise that it meets again in a later step.
-        raise ValueError(
-            "children=coupled shares noise with verifier 'match'; choose certain or drawn children for others"
-        )
-    if name is not None:
-        return Children(name)
-    if is_coupled:
-        return Children.COUPLED
-    return Children.INDEPENDENT if set(shape.widths) == {1} else Children.WITHOUT_REPLACEMENT
 
 
 def check_vocabulary(engine: CausalLM, target: Any) -> None:
@@ -160,11 +136,3 @@ def check_vocabulary(engine: CausalLM, target: Any) -> None:
             f"the draft model has {engine.vocab_size} token ids and the target {target.vocab_size}: they do not share "
             "a tokenizer; use a draft model of the same family, or a drafter without a model such as 'ngram'"
         )
-
-
-def fitted(logits: Tensor, vocab_size: int) -> Tensor:
-    """``logits`` (k, V') cut or filled with -inf to (k, ``vocab_size``)."""
-    missing = vocab_size - logits.shape[-1]
-    if missing <= 0:
-        return logits[..., :vocab_size]
-    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
