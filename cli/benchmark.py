@@ -251,9 +251,9 @@ def write_group(trace: TraceWriter, group: Group, number: int) -> None:
                 q.number: {**names, "question_id": q.prompt.question_id, "category": q.prompt.category, "turn": index}
                 for q in turn.questions
             }
-            details = [each.as_dict() for each in output.details] or [None] * len(output.steps)
-            for step, detail in zip(output.steps, details, strict=True):
-                trace.step(step, detail, **labels[step.row])
+            for i, step in enumerate(output.steps):
+                details = output.details[i].as_dict() if output.details else None
+                trace.step(step, details, **labels[step.row])
             for question, ids, tokens in zip(turn.questions, turn.batch.prompts, output.tokens, strict=True):
                 trace.output(
                     tokens,

@@ -1,0 +1,298 @@
+"""Where drafts are accepted and where they die.
+
+The unit is an attempt: a kept node of a step's tree (the root or an accepted node), at which the target chose one token.
+An attempt was proposed something if the tree had children there, and was met if one of them was kept. There is one
+attempt for each emitted token. Rates in this file are met / proposed attempts, called conditional: everything before was
+accepted. vLLM's rates by position divide by all drafts instead and are called unconditional.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specdec.analysis.columns import Bools, Floats, Ints, Trace
+from specdec.analysis.intervals import Estimate, ratio_of_sums
+
+TOKEN_CLASSES = ("word start", "word part", "number", "punctuation", "space", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Counts and ratios of one method, under vLLM's names; see specdec.metrics.Stats."""
+
+    name: str
+    num_drafts: int  # passes of rows, empty drafts included
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_tokens: int
+    mean_acceptance_length: Estimate  # tokens a row gains in one pass: 1 + accepted / drafts
+    acceptance_rate: float  # accepted / drafted; a tree's divides by all its nodes
+    num_accepted_tokens_per_pos: tuple[int, ...]
+    acceptance_rate_per_pos: tuple[float, ...]  # unconditional: share of drafts with more than i accepted
+    acceptance_histogram: tuple[int, ...]  # drafts with exactly i accepted
+    draft_s: float
+    score_s: float
+    verify_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """Columns of all attempts (K,), in the order of the trace's kept nodes."""
+
+    step: Ints
+    depth: Ints  # 0 at the root
+    proposed: Bools  # the tree had children here, and the text did not end with this token
+    met: Bools  # one of them was kept
+    rank: Ints  # of the kept child among its siblings; -1 where none was kept
+    position: Ints  # tokens of the answer before the one that was chosen here
+    token: Ints  # the one that was emitted
+    entropy: Floats  # nats, NaN where the trace does not tell
+    estimate: Floats  # the drafter's highest guess among the children; NaN where it made none
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """The conditional acceptance rate of some attempts."""
+
+    key: str
+    num_proposed: int
+    num_met: int
+    rate: Estimate
+
+
+def summarise(trace: Trace) -> list[Summary]:
+    """One summary for each method that has steps."""
+    selected = ((name, trace.select(name)) for name in trace.names)
+    return [_summary(name, own) for name, own in selected if len(own.steps)]
+
+
+def mean_acceptance_length(trace: Trace) -> Estimate:
+    """1 + accepted / drafts of all steps in ``trace``; its interval resamples questions."""
+    steps = trace.steps
+    return ratio_of_sums(*_by_question(trace, steps.num_accepted, np.ones(len(steps))), plus=1.0)
+
+
+def attempts(trace: Trace) -> Attempts:
+    """Every attempt of ``trace``."""
+    steps = trace.steps
+    lengths = steps.num_emitted
+    step = np.repeat(np.arange(len(steps)), lengths)
+    depth = np.arange(len(step)) - np.repeat(steps.kept_offsets[:-1], lengths)
+    is_last = depth == lengths[step] - 1
+    nodes = steps.nodes + steps.tree_offsets[step]  # numbered through all trees
+    parents = _parents(trace)
+    num_children = np.bincount(parents[parents >= 0], minlength=len(parents))
+    # The text ended with this token: whether a draft of it would have been kept is not recorded.
+    is_cut = is_last & steps.finished[step]
+    rank = np.full(len(step), -1)
+    rank[:-1][~is_last[:-1]] = sibling_ranks(trace)[nodes[1:][~is_last[:-1]]]
+    starts = _starts(trace)
+    nothing = np.full(len(step), np.nan)
+    return Attempts(
+        step=step,
+        depth=depth,
+        proposed=(num_children[nodes] > 0) & ~is_cut,
+        met=~is_last,
+        rank=rank,
+        position=steps.position[step] + depth - starts[steps.label[step]],
+        token=steps.tokens,
+        entropy=nothing if steps.entropies is None else steps.entropies,
+        estimate=nothing if steps.estimates is None else _best_below(parents, steps.estimates)[nodes],
+    )
+
+
+def by_depth(trace: Trace) -> list[Rate]:
+    """Conditional rate at each depth: how often the token at depth i + 1 was met, given that a path reached i."""
+    found = attempts(trace)
+    return rates(trace, found, found.depth, [str(depth) for depth in range(_last(found.depth[found.proposed]))])
+
+
+def unconditional_by_depth(trace: Trace) -> list[Estimate]:
+    """[i]: share of drafts, empty ones included, with more than i accepted tokens (vLLM's rate by position)."""
+    accepted = trace.steps.num_accepted
+    ones = np.ones(len(accepted))
+    return [ratio_of_sums(*_by_question(trace, accepted > i, ones)) for i in range(int(accepted.max(initial=0)))]
+
+
+def by_rank(trace: Trace) -> tuple[Floats, Ints]:
+    """(D, R) how often the child of rank R was the kept one below a kept node of depth D that had children, and (D,)
+    how many such nodes there were. The same table as that of ``specdec tune``; NaN where nothing was ever tried.
+    """
+    found = attempts(trace)
+    tried = found.proposed
+    shape = (_last(found.depth[tried]), _last(found.rank[tried & found.met]))
+    visits = np.bincount(found.depth[tried], minlength=shape[0])
+    hits = np.zeros(shape)
+    met = tried & found.met
+    np.add.at(hits, (found.depth[met], found.rank[met]), 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return hits / visits[:, None], visits
+
+
+def by_category(trace: Trace) -> list[Rate]:
+    found = attempts(trace)
+    names = trace.categories
+    codes = np.array([names.index(label.category) for label in trace.labels])
+    return rates(trace, found, codes[trace.steps.label[found.step]], names)
+
+
+def by_token_class(trace: Trace) -> list[Rate]:
+    """By what kind of token the target chose; empty where the trace tells no texts."""
+    if not any(run.texts for run in trace.runs):
+        return []
+    found = attempts(trace)
+    run_of = np.array([label.run for label in trace.labels])[trace.steps.label[found.step]]
+    classes = np.zeros(len(found.token), np.int64)
+    for number, run in enumerate(trace.runs):
+        mine = run_of == number
+        tokens, where = np.unique(found.token[mine], return_inverse=True)
+        kinds = [TOKEN_CLASSES.index(token_class(run.texts.get(int(token), ""))) for token in tokens]
+        classes[mine] = np.array(kinds, np.int64)[where]
+    return rates(trace, found, classes, TOKEN_CLASSES)
+
+
+def by_entropy(trace: Trace, edges: Sequence[float] = (0.05, 0.25, 0.5, 1, 2, 3, 4)) -> list[Rate]:
+    """By the entropy (nats) of the target's distribution; empty where the trace does not tell it."""
+    return _binned(trace, lambda found: found.entropy, edges)
+
+
+def by_estimate(trace: Trace, edges: Sequence[float] = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)) -> list[Rate]:
+    """By the drafter's own guess; empty where it made none."""
+    return _binned(trace, lambda found: found.estimate, edges)
+
+
+def by_position(trace: Trace, edges: Sequence[float] = (8, 16, 32, 64, 128, 256, 512)) -> list[Rate]:
+    """By how many tokens of the answer stood before."""
+    return _binned(trace, lambda found: found.position.astype(np.float64), edges)
+
+
+def rates(trace: Trace, found: Attempts, codes: Ints, keys: Sequence[str]) -> list[Rate]:
+    """The rate of each key that was proposed anything: attempt i counts for ``keys[codes[i]]``."""
+    result = []
+    for code, key in enumerate(keys):
+        tried = found.proposed & (codes == code)
+        if tried.any():
+            met = tried & found.met
+            sums = _by_question(trace, met, tried, found.step)
+            result.append(Rate(key, int(tried.sum()), int(met.sum()), ratio_of_sums(*sums)))
+    return result
+
+
+def token_class(text: str) -> str:
+    """One of TOKEN_CLASSES."""
+    word = text.strip()
+    if not word:
+        return "space" if text else "other"
+    if word[0].isdigit():
+        return "number"
+    if word[0].isalpha():
+        return "word start" if text[0].isspace() else "word part"
+    return "punctuation" if all(each in string.punctuation or not each.isalnum() for each in word) else "other"
+
+
+def node_depths(trace: Trace) -> Ints:
+    """(M,) edges between the root of its tree and each node."""
+    parents = _parents(trace)
+    depth = np.zeros(len(parents), np.int64)
+    at, above = np.arange(len(parents)), parents
+    while True:
+        below = above >= 0
+        at, above = at[below], above[below]
+        if not len(at):
+            return depth
+        depth[at] += 1
+        above = parents[above]
+
+
+def sibling_ranks(trace: Trace) -> Ints:
+    """(M,) how many elder siblings each node has."""
+    parents = _parents(trace)
+    order = np.argsort(parents, kind="stable")
+    ordered = parents[order]
+    is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(ordered) else np.zeros(0, np.bool_)
+    starts = np.maximum.accumulate(np.where(is_first, np.arange(len(ordered)), 0))
+    ranks = np.empty(len(parents), np.int64)
+    ranks[order] = np.arange(len(ordered)) - starts
+    ranks[parents < 0] = 0
+    return ranks
+
+
+def expected_length(rate: float, length: int) -> float:
+    """Tokens a pass brings if every token of a chain is accepted with the same ``rate`` (Leviathan et al. 2023)."""
+    return float(length + 1) if rate == 1 else (1 - rate ** (length + 1)) / (1 - rate)
+
+
+def _binned(trace: Trace, value: Callable[[Attempts], Floats], edges: Sequence[float]) -> list[Rate]:
+    found = attempts(trace)
+    values = value(found)
+    codes = np.where(np.isnan(values), -1, np.digitize(values, edges))
+    inner = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
+    return rates(trace, found, codes, [f"below {edges[0]:g}", *inner, f"from {edges[-1]:g}"])
+
+
+def _summary(name: str, trace: Trace) -> Summary:
+    steps = trace.steps
+    accepted = steps.num_accepted
+    histogram = np.bincount(accepted)
+    per_pos = len(steps) - np.cumsum(histogram)[:-1]
+    num_drafted, num_accepted = int(steps.num_drafted.sum()), int(accepted.sum())
+    return Summary(
+        name=name,
+        num_drafts=len(steps),
+        num_draft_tokens=num_drafted,
+        num_accepted_tokens=num_accepted,
+        num_tokens=len(steps.tokens),
+        mean_acceptance_length=mean_acceptance_length(trace),
+        acceptance_rate=num_accepted / num_drafted if num_drafted else 0.0,
+        num_accepted_tokens_per_pos=tuple(per_pos.tolist()),
+        acceptance_rate_per_pos=tuple((per_pos / len(steps)).tolist()),
+        acceptance_histogram=tuple(histogram.tolist()),
+        draft_s=float(steps.draft_s.sum()),
+        score_s=float(steps.score_s.sum()),
+        verify_s=float(steps.verify_s.sum()),
+    )
+
+
+def _by_question(
+    trace: Trace, over: NDArray[Any], under: NDArray[Any], step: Ints | None = None
+) -> tuple[Floats, Floats]:
+    """Both columns, of steps or of what belongs to ``step``, added up for each question."""
+    questions = {key: i for i, key in enumerate(dict.fromkeys((each.run, each.question_id) for each in trace.labels))}
+    codes = np.array([questions[each.run, each.question_id] for each in trace.labels], np.int64)
+    labels = trace.steps.label if step is None else trace.steps.label[step]
+    where = codes[labels] if len(codes) else labels
+    over, under = (np.bincount(where, values, len(questions)).astype(np.float64) for values in (over, under))
+    return over, under
+
+
+def _parents(trace: Trace) -> Ints:
+    """(M,) parents, numbered through all trees; -1 for roots."""
+    steps = trace.steps
+    shift = np.repeat(steps.tree_offsets[:-1], np.diff(steps.tree_offsets))
+    return np.where(steps.tree_parents < 0, -1, steps.tree_parents + shift)
+
+
+def _best_below(parents: Ints, estimates: Floats) -> Floats:
+    """(M,) the highest estimate among each node's children, NaN if there is none."""
+    best = np.full(len(parents), np.nan)
+    inner = parents >= 0
+    np.fmax.at(best, parents[inner], estimates[inner])
+    return best
+
+
+def _starts(trace: Trace) -> Ints:
+    """(labels,) absolute position of the first token of each answer."""
+    starts = np.full(len(trace.labels), np.iinfo(np.int64).max)
+    np.minimum.at(starts, trace.steps.label, trace.steps.position)
+    return starts
+
+
+def _last(values: Ints) -> int:
+    return int(values.max(initial=-1)) + 1
