@@ -7,10 +7,8 @@ another shape is an error here. An unknown key that is skipped would be a drafte
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.errors import CheckpointError
+from specdec.files import write_file, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -171,16 +170,5 @@ def save_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path:
     """Write ``path``/config.json and the tensors; each file appears whole or not at all."""
     path.mkdir(parents=True, exist_ok=True)
     plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    _replace(path / weights, lambda file: save_file(plain, file, {"format": "pt"}))
-    _replace(path / CONFIG, lambda file: Path(file).write_text(json.dumps(config, indent=2) + "\n", "utf-8"))
-
-
-def _replace(file: Path, write: Callable[[str], Any]) -> None:
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    try:
-        write(name)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_file(path / weights, lambda file: save_file(plain, file, {"format": "pt"}))
+    write_json(path / CONFIG, config)

@@ -82,12 +82,22 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
     if not in_place:
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         model = copy.deepcopy(model, shared)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+    pack(model)
+    return model
+
+
+def is_accelerated(model: Any) -> bool:
+    """Whether ``model`` runs on packed layers."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def pack(module: nn.Module) -> None:
+    """Replace the linear layers below ``module``, whose weights must be of a type that can be packed."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
             packed = _packed(child)
             if packed is not None:
-                setattr(module, name, packed)
-    return model
+                setattr(parent, name, packed)
 
 
 @torch.no_grad()

@@ -54,6 +54,21 @@ class Capture:
     def is_active(self) -> bool:
         return self.hidden or bool(self.layers)
 
+    def including(self, hidden: bool, layers: Sequence[int]) -> Capture:
+        """Of this and of what else is asked for; layers that are seen already keep their places."""
+        return Capture(self.model, self.hidden or hidden, tuple(dict.fromkeys((*self.layers, *layers))))
+
+    def pick(self, features: Tensor | None, layers: Sequence[int]) -> Tensor:
+        """``layers`` of what was captured (..., F), in that order, one perhaps twice."""
+        if features is None or not set(layers) <= set(self.layers):
+            raise ValueError(
+                f"features of layers {tuple(layers)} were not asked for before the pass: {self.layers} were"
+            )
+        if tuple(layers) == self.layers:
+            return features
+        parts = features.chunk(len(self.layers), -1)
+        return torch.cat([parts[self.layers.index(i)] for i in layers], -1)
+
     def __enter__(self) -> Capture:
         self._seen.clear()
         if self.hidden:

@@ -10,22 +10,22 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from specdec.attention import MaskPlan, MaskStyle
+from specdec.attention import MaskStyle
 from specdec.cache import RaggedCache
 from specdec.capture import Capture, joined
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row, Scores
+from specdec.passes import Lines, Part, in_lockstep, in_order, mask_plan, pass_slots
 from specdec.probe import Support, inspect_model, probe
 from specdec.tree import TokenTree
 
-PASS_COLUMNS = 128  # padded columns that are worth a pass of their own to avoid
 PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
 
 
@@ -33,45 +33,12 @@ PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several pa
 _PROBED: WeakKeyDictionary[Any, tuple[Any, Support]] = WeakKeyDictionary()
 
 
-@dataclass(slots=True)
-class _Line:
-    """A row's place in the cache."""
-
-    index: int  # buffer row
-    length: int = 0  # slots that hold kept tokens
-    nodes: list[int] = field(default_factory=list)  # of the tree just scored: behind which slot each node stands
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One row's share of a pass."""
-
-    line: _Line
-    pending: list[int]  # (p,)
-    tree: TokenTree | None  # None while a long prompt is processed
-    num_scored: int  # nodes that an earlier pass scored
-
-    @property
-    def new_tokens(self) -> list[int]:
-        return self.pending + list(self.tree.tokens[self.num_scored :]) if self.tree else self.pending
-
-    @property
-    def base(self) -> int:
-        """The slot of the root."""
-        return self.line.length + len(self.pending)
-
-    @property
-    def start(self) -> int:
-        """The slot of the first new token."""
-        return self.line.length + self.num_scored
-
-
 class CausalLM:
     """A transformers causal LM as a target (or as the model behind a drafter).
 
     Args:
         model: any ``PreTrainedModel`` with a language-model head; it stays unmodified.
-        capture_hidden: also return the input of the output matrix for each new token.
+        capture_hidden: also return the input of the output matrix for each new token (see ``request``).
         feature_layers: also return these entries of ``hidden_states`` (0 = embeddings), side by side.
         clock: seconds; the time spent inside the model is added up in ``model_s``.
 
@@ -95,12 +62,23 @@ class CausalLM:
         self.vocab_size: int = getattr(head, "out_features", None) or head.weight.shape[0]
         self._clock = clock
         self._config = model.config.get_text_config()
-        self._lines: dict[Row, _Line] = {}
-        self._by_index: list[Row] = []
+        self._lines = Lines()
         self._cache = self._new_cache()
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._capture = Capture(model, capture_hidden, tuple(feature_layers))
         self._probe()
+
+    def request(self, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
+        """Return these hidden states, too, with every pass from now on; what was asked for earlier stays.
+
+        Raises:
+            ValueError: the model has no such layers.
+        """
+        self._capture = self._capture.including(hidden, layers)
+
+    def features(self, scores: Scores, layers: Sequence[int]) -> Tensor:
+        """(p + n, F) the requested ``layers`` of ``scores`` side by side, whatever others have requested."""
+        return self._capture.pick(scores.features, layers)
 
     @property
     def chain_only(self) -> bool:
@@ -119,10 +97,7 @@ class CausalLM:
         """
         for row in rows:
             self._check(row)
-        for row in rows:
-            self._lines[row] = _Line(len(self._by_index))
-            self._by_index.append(row)
-        self._cache.reserve_rows(len(self._by_index))
+        self._lines.open(rows, self._cache)
 
     def score(
         self, rows: Sequence[Row], trees: Sequence[TokenTree], num_scored: Sequence[int] | None = None
@@ -133,7 +108,7 @@ class CausalLM:
         the nodes after them are processed and returned (how a drafter grows a tree level by level).
         """
         scored = num_scored or [0] * len(rows)
-        parts: list[_Part] = []
+        parts: list[Part] = []
         earlier: list[list[Scores]] = []
         for row, tree, done in zip(rows, trees, scored, strict=True):
             line = self._lines[row]
@@ -142,7 +117,7 @@ class CausalLM:
             earlier.append(chunks)
             compact, line.nodes = tree.compact()
             num_done = len(set(line.nodes[:done]))
-            parts.append(_Part(line, pending[len(chunks) * PREFILL_CHUNK :], compact, num_done))
+            parts.append(Part(line, pending[len(chunks) * PREFILL_CHUNK :], compact, num_done))
         results: list[Scores | None] = [None] * len(parts)
         for group in self._groups(parts):
             for i, scores in zip(group, self._forward([parts[i] for i in group]), strict=True):
@@ -167,20 +142,12 @@ class CausalLM:
             line.length += len(path)
 
     def close(self, rows: Sequence[Row]) -> None:
-        """Forget ``rows``; the last line of the cache moves into each gap, so that lines in use stay together."""
-        for row in rows:
-            hole = self._lines.pop(row).index
-            last = self._by_index.pop()
-            if last is not row:
-                line = self._lines[last]
-                self._cache.move_row(line.index, hole, line.length)
-                line.index = hole
-                self._by_index[hole] = last
+        """Free the lines of ``rows``."""
+        self._lines.close(rows, self._cache)
 
     def reset(self) -> None:
         """Forget all rows and free the cache."""
-        self._lines.clear()
-        self._by_index.clear()
+        self._lines = Lines()
         self._cache = self._new_cache()
 
     def _probe(self) -> None:
@@ -223,27 +190,22 @@ class CausalLM:
                 f"shorten the prompt ({row.num_prompt} tokens) or ask for at most {max(limit - row.num_prompt, 0)} new tokens"
             )
 
-    def _groups(self, parts: Sequence[_Part]) -> list[list[int]]:
+    def _groups(self, parts: Sequence[Part]) -> list[list[int]]:
         """Which parts share a forward pass, each in the order of the cache's lines."""
-        order = sorted(range(len(parts)), key=lambda i: parts[i].line.index)
-        if self.chain_only:
-            return [[i] for i in order]
-        indices = [parts[i].line.index for i in order]
-        runs = grouped(indices, [len(parts[i].new_tokens) for i in order])
-        return [order[run] for run in runs]
+        return [[i] for i in in_order(parts)] if self.chain_only else self._lines.groups(parts)
 
     def _prefill(self, row: Row, pending: list[int]) -> list[Scores]:
         """Process what a long prompt has beyond one chunk, chunk by chunk."""
         line = self._lines[row]
         chunks = []
         for first in range(0, len(pending) - PREFILL_CHUNK, PREFILL_CHUNK):
-            part = _Part(line, pending[first : first + PREFILL_CHUNK], None, 0)
+            part = Part(line, pending[first : first + PREFILL_CHUNK], None, 0)
             chunks += self._forward([part])
             line.length = part.base
         return chunks
 
     @torch.no_grad()
-    def _forward(self, parts: Sequence[_Part]) -> list[Scores]:
+    def _forward(self, parts: Sequence[Part]) -> list[Scores]:
         """One forward pass over parts that stand in neighbouring lines of the cache."""
         columns = [part.new_tokens for part in parts]
         num_columns = max(map(len, columns))
@@ -251,7 +213,7 @@ class CausalLM:
         is_plain = self._is_plain(parts)
         start = max(part.start for part in parts)
         width = start + num_columns if is_plain else max(part.start + num_columns for part in parts)
-        slots = None if is_plain else _slots(parts, num_columns).to(self.device)
+        slots = None if is_plain else pass_slots(parts, num_columns).to(self.device)
         self._cache.begin_pass(parts[0].line.index, start, width, slots)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -259,7 +221,7 @@ class CausalLM:
             "use_cache": True,
         }
         if not self.chain_only:
-            style, plan = self.support.style, _plan(parts, num_columns, width, self.device)
+            style, plan = self.support.style, mask_plan(parts, num_columns, width, self.device)
             assert isinstance(style, MaskStyle)
             inputs["position_ids"] = plan.positions
             if not is_plain:
@@ -278,45 +240,13 @@ class CausalLM:
         self.num_passes += 1
         return [captured.scores(logits[b], len(columns[b]), num_nodes[b], b) for b in range(len(parts))]
 
-    def _is_plain(self, parts: Sequence[_Part]) -> bool:
+    def _is_plain(self, parts: Sequence[Part]) -> bool:
         """Whether the model's own causal mask is right: chains in lockstep."""
         if self.chain_only:
             if not all(part.tree is None or part.tree.is_chain for part in parts):
                 raise ValueError(f"this model can verify chains only ({self.support.reason}); got a tree with branches")
             return True
-        first = parts[0]
-        size = len(first.new_tokens)
-        return all(
-            part.start == first.start and len(part.new_tokens) == size and (part.tree is None or part.tree.is_chain)
-            for part in parts
-        )
-
-
-def grouped(lines: Sequence[int], sizes: Sequence[int]) -> list[slice]:
-    """Which of neighbouring parts share a pass: those with the least padded columns in all, each pass counting too.
-
-    A pass reads a run of neighbouring ``lines`` as one slice and is as wide as the largest of its ``sizes``. Without
-    this, one row that joins with its prompt would make every row of the batch as wide as that prompt.
-    """
-    if len(set(sizes)) <= 1 and lines[-1] - lines[0] == len(lines) - 1:
-        return [slice(0, len(lines))]
-    best, cuts = [0], [0]  # of the first i parts: the least columns, and where the last group starts
-    for end in range(1, len(lines) + 1):
-        widest, least, cut = 0, float("inf"), end - 1
-        for first in range(end - 1, -1, -1):
-            if lines[first] + end - 1 - first != lines[end - 1]:
-                break
-            widest = max(widest, sizes[first])
-            columns = best[first] + widest * (end - first) + PASS_COLUMNS
-            if columns < least:
-                least, cut = columns, first
-        best.append(int(least))
-        cuts.append(cut)
-    runs, end = [], len(lines)
-    while end:
-        runs.append(slice(cuts[end], end))
-        end = cuts[end]
-    return runs[::-1]
+        return in_lockstep(parts)
 
 
 def expanded(scores: Scores, nodes: Sequence[int], num_scored: int) -> Scores:
@@ -334,38 +264,3 @@ def expanded(scores: Scores, nodes: Sequence[int], num_scored: int) -> Scores:
         return None if states is None else torch.cat([states[:-count], states[-count:][index.to(states.device)]])
 
     return Scores(scores.logits[index], behind(scores.hidden), behind(scores.features))
-
-
-def _slots(parts: Sequence[_Part], num_columns: int) -> Tensor:
-    """(B, T) slots of the columns: real ones from the row's start on, padding behind them where nothing is kept."""
-    columns = torch.arange(num_columns)
-    starts = torch.tensor([part.start for part in parts])[:, None]
-    padding = torch.tensor([num_columns - len(part.new_tokens) for part in parts])[:, None]
-    return starts + (columns - padding) % num_columns
-
-
-def _plan(parts: Sequence[_Part], num_columns: int, width: int, device: torch.device) -> MaskPlan:
-    limits, positions, blocks, depths = [], [], [], []
-    for part in parts:
-        length, base = part.line.length, part.base
-        pad = num_columns - len(part.new_tokens)
-        node_depths = part.tree.depths() if part.tree else []
-        new_depths = node_depths[part.num_scored :]
-        pending = range(length, base)
-        # A padding column sees slot 0, so that its softmax has something to sum.
-        limits.append([1] * pad + [slot + 1 for slot in pending] + [base] * len(new_depths))
-        positions.append([0] * pad + list(pending) + [base + d for d in new_depths])
-        block = torch.zeros(num_columns, len(node_depths), dtype=torch.bool)
-        if part.tree:
-            block[num_columns - len(new_depths) :] = torch.from_numpy(part.tree.ancestors()[part.num_scored :])
-        blocks.append(block.to(device))
-        depths.append(torch.tensor(node_depths, dtype=torch.long, device=device))
-    bases = tuple(part.base for part in parts)
-    return MaskPlan(
-        torch.tensor(limits, device=device),
-        torch.tensor(positions, device=device),
-        bases,
-        tuple(blocks),
-        tuple(depths),
-        width,
-    )

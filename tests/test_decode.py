@@ -14,9 +14,9 @@ from specdec.decode import Decoder
 from specdec.drafters.none import NoDrafter
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, TargetProbs, Verdict
 from specdec.noise import Noise, PhiloxNoise, RowNoise
+from specdec.passes import PASS_COLUMNS, grouped
 from specdec.policy import ParamsPolicy
 from specdec.sampling import SamplingParams
-from specdec.target import PASS_COLUMNS, grouped
 from specdec.tree import Draw, TokenTree
 from specdec.verifiers.match import MatchVerifier
 from specdec.verifiers.rejection import RejectionVerifier

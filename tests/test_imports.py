@@ -26,7 +26,7 @@ CORE = (
     "specdec.provenance specdec.defaults specdec.files specdec.budget"
 ).split()
 MODEL = (
-    "specdec.attention specdec.cache specdec.capture specdec.probe specdec.target specdec.models specdec.prompts "
+    "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models specdec.prompts "
     "specdec.accelerate"
 ).split()
 RULES: list[tuple[str, list[str]]] = [

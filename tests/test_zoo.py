@@ -580,8 +580,8 @@ def test_broken_masks_and_positions_are_seen(name, broken, monkeypatch):
     """The comparison of this module has power: each of these faults must exceed every tolerance by far."""
     rng = random.Random(11)
     lm, row = engine(FAMILIES[name]), make_row(rng, 0, 21)
-    make_plan = specdec.target._plan
-    monkeypatch.setattr(specdec.target, "_plan", lambda *args: broken(make_plan(*args)))
+    make_plan = specdec.target.mask_plan
+    monkeypatch.setattr(specdec.target, "mask_plan", lambda *args: broken(make_plan(*args)))
     lm.open([row])
     tree = deep_tree(rng, row.tokens[-1])
     assert error(lm.model, [row], [tree], lm.score([row], [tree])) > max(1e-3, 10 * FAMILIES[name].tolerance)

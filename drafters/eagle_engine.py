@@ -1,0 +1,162 @@
+"""Runs an EAGLE head over token trees: its own cache, all rows and all nodes of a level in one pass.
+
+Slot t of a row holds the head's keys and values for [embedding of token t + 1; state at t], so that its text is the
+row's without the first token. States are made of the target's features as far as these are known, up to the root;
+below it they are the head's own outputs. What was computed from the head's own outputs is overwritten after every
+step. Letters: B rows, T columns, H hidden size, F feature size, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.accelerate import is_accelerated, pack
+from specdec.attention import visibility
+from specdec.cache import RaggedCache
+from specdec.drafters.eagle_cell import EagleCell, FeatureCell
+from specdec.interfaces import Row, Scores
+from specdec.passes import Lines, Part, in_lockstep, mask_plan, pass_slots
+from specdec.target import PREFILL_CHUNK, CausalLM
+from specdec.tree import TokenTree
+
+
+class EagleEngine:
+    """An EAGLE head beside its target.
+
+    Args:
+        cell: the network; it moves to the target's device and dtype, and its layers are packed if the target's are.
+        target: asked for the features that the head reads, with every pass.
+    """
+
+    def __init__(self, cell: EagleCell | FeatureCell, target: CausalLM) -> None:
+        self.target = target
+        self.cell = cell.to(target.device, target.model.dtype).eval()
+        if is_accelerated(target.model):
+            pack(self.cell)
+        self.layers: tuple[int, ...] = ()
+        if isinstance(cell, EagleCell):
+            self.layers = feature_layers(target.model.config.get_text_config().num_hidden_layers)
+        target.request(hidden=not self.layers, layers=self.layers)
+        self._embed: Any = cell.embed_tokens or target.model.get_input_embeddings()
+        self._output: Any = cell.logits if isinstance(cell, EagleCell) else target.model.get_output_embeddings()
+        self._cache = RaggedCache(cell.num_layers)
+        self._lines = Lines()
+        self._features: dict[Row, list[Tensor]] = {}  # (k, F) true ones that the cache lacks
+        self._states: dict[Row, Tensor] = {}  # (n, H) the head's outputs at the nodes of the tree being grown
+        self.model_s = 0.0
+
+    def open(self, rows: Sequence[Row]) -> None:
+        """Give each row a line of the cache."""
+        self._lines.open(rows, self._cache)
+        self._features.update((row, []) for row in rows)
+
+    def read(self, row: Row, scores: Scores, num_nodes: int, path: Sequence[int]) -> None:
+        """Take the true features of what the target has processed: pending tokens, then ``path`` of a tree."""
+        seen = self.target.features(scores, self.layers) if self.layers else scores.hidden
+        assert seen is not None
+        num_pending = seen.shape[0] - num_nodes
+        kept = [*range(num_pending), *(num_pending + node for node in path)]
+        index = torch.tensor(kept, device=seen.device)
+        self._features[row].append(seen.index_select(0, index).to(self.target.device))
+
+    def is_ready(self, row: Row) -> bool:
+        """Whether the features of every token before the newest are known."""
+        known = self._lines[row].length + sum(map(len, self._features[row]))
+        return known > 0 and known == len(row.tokens) - 1
+
+    def score(self, rows: Sequence[Row], trees: Sequence[TokenTree], num_scored: Sequence[int]) -> list[Scores]:
+        """Draft logits (k, Vd) of the nodes behind the first ``num_scored`` ones of each tree, in one pass."""
+        parts: list[Part] = []
+        states: list[Tensor] = []
+        for row, tree, done in zip(rows, trees, num_scored, strict=True):
+            line = self._lines[row]
+            if done:
+                parents = torch.tensor(tree.parents[done:], device=self.target.device)
+                states.append(self._states[row][parents])
+                parts.append(Part(line, [], tree, done))
+            else:
+                pending, fused = self._prefill(row)
+                states.append(fused)
+                parts.append(Part(line, pending, tree, 0))
+        results: list[Scores | None] = [None] * len(parts)
+        for group in self._lines.groups(parts):
+            after = self._forward([parts[i] for i in group], [states[i] for i in group])
+            logits = torch.split(self._logits(torch.cat(after)), [len(each) for each in after])
+            for i, new, share in zip(group, after, logits, strict=True):
+                self._states[rows[i]] = torch.cat([self._states[rows[i]], new]) if num_scored[i] else new
+                results[i] = Scores(share)
+        for part in parts:
+            part.line.length = part.base
+        return [result for result in results if result is not None]
+
+    def commit(self, rows: Sequence[Row]) -> None:
+        """Keep the roots just scored: everything below was computed from the head's own states."""
+        for row in rows:
+            if self._states.pop(row, None) is not None:
+                self._lines[row].length += 1
+
+    def close(self, rows: Sequence[Row]) -> None:
+        """Free what ``rows`` hold."""
+        self._lines.close(rows, self._cache)
+        for row in rows:
+            del self._features[row]
+            self._states.pop(row, None)
+
+    @torch.no_grad()
+    def _prefill(self, row: Row) -> tuple[list[int], Tensor]:
+        """Process what a long prompt has beyond one chunk; the pending tokens and states (p + 1, H) that are left."""
+        line = self._lines[row]
+        pending = row.tokens[line.length + 1 : -1]
+        fused = self.cell.fuse(torch.cat(self._features[row]))
+        self._features[row] = []
+        while len(pending) > PREFILL_CHUNK:
+            part = Part(line, pending[:PREFILL_CHUNK], None, 0)
+            self._forward([part], [fused[:PREFILL_CHUNK]])
+            line.length = part.base
+            pending, fused = pending[PREFILL_CHUNK:], fused[PREFILL_CHUNK:]
+        return pending, fused
+
+    @torch.no_grad()
+    def _logits(self, states: Tensor) -> Tensor:
+        logits: Tensor = self._output(states)
+        return logits
+
+    @torch.no_grad()
+    def _forward(self, parts: Sequence[Part], states: Sequence[Tensor]) -> list[Tensor]:
+        """The head's outputs at each part's new nodes, from ``states`` (p + k, H) at its new columns."""
+        device = self.target.device
+        columns = [part.new_tokens for part in parts]
+        num_columns = max(map(len, columns))
+        padded = [[0] * (num_columns - len(c)) + c for c in columns]
+        embeds = self._embed(torch.tensor(padded, device=device))
+        padding = (nn.functional.pad(s, (0, 0, num_columns - len(s), 0)) for s in states)
+        is_plain = in_lockstep(parts)
+        start = max(part.start for part in parts)
+        width = start + num_columns if is_plain else max(part.start + num_columns for part in parts)
+        slots = None if is_plain else pass_slots(parts, num_columns).to(device)
+        self._cache.begin_pass(parts[0].line.index, start, width, slots)
+        plan = mask_plan(parts, num_columns, width, device)
+        mask = None if is_plain and num_columns == 1 else visibility(plan)[:, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self._cache.layers[layer].update(k, v)
+            return nn.functional.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+        after: Tensor = self.cell(embeds, torch.stack(list(padding)), plan.positions, attend)
+        num_nodes = [len(part.tree) - part.num_scored if part.tree else 0 for part in parts]
+        return [row[num_columns - count :] for row, count in zip(after, num_nodes, strict=True)]
+
+
+def feature_layers(num_layers: int) -> tuple[int, int, int]:
+    """EAGLE-3's features of a target with ``num_layers`` layers: these entries of its ``hidden_states``.
+
+    Raises:
+        ValueError: fewer than three layers.
+    """
+    if num_layers < 3:
+        raise ValueError(f"EAGLE-3 reads three layers of its target, which has {num_layers}; use another drafter")
+    return 2, num_layers // 2, num_layers - 3

@@ -1,0 +1,171 @@
+"""How rows share a forward pass: their lines in a cache, the columns of a pass, and who sees whom.
+
+Knows no model. Columns of a pass are aligned at the right, so that the last ones are the trees'; slots of a line are
+aligned at the left, without holes. Letters: B rows, T columns, n nodes, p pending tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.attention import MaskPlan
+from specdec.cache import RaggedCache
+from specdec.interfaces import Row
+from specdec.tree import TokenTree
+
+PASS_COLUMNS = 128  # padded columns that are worth a pass of their own to avoid
+
+
+@dataclass(slots=True)
+class Line:
+    """A row's place in the cache."""
+
+    index: int  # buffer row
+    length: int = 0  # slots that hold kept tokens
+    nodes: list[int] = field(default_factory=list)  # of the tree just scored: behind which slot each node stands
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One row's share of a pass."""
+
+    line: Line
+    pending: list[int]  # (p,)
+    tree: TokenTree | None  # None while a long prompt is processed
+    num_scored: int  # nodes that an earlier pass scored
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.pending + list(self.tree.tokens[self.num_scored :]) if self.tree else self.pending
+
+    @property
+    def base(self) -> int:
+        """The slot of the root."""
+        return self.line.length + len(self.pending)
+
+    @property
+    def start(self) -> int:
+        """The slot of the first new token."""
+        return self.line.length + self.num_scored
+
+
+class Lines:
+    """Which row owns which line of a cache; lines in use stay together."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Row, Line] = {}
+        self._by_index: list[Row] = []
+
+    def __getitem__(self, row: Row) -> Line:
+        return self._lines[row]
+
+    def __contains__(self, row: Row) -> bool:
+        return row in self._lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def open(self, rows: Sequence[Row], cache: RaggedCache) -> None:
+        """Give each row a line behind those in use."""
+        for row in rows:
+            self._lines[row] = Line(len(self._by_index))
+            self._by_index.append(row)
+        cache.reserve_rows(len(self._by_index))
+
+    def close(self, rows: Sequence[Row], cache: RaggedCache) -> None:
+        """Forget ``rows``; the last line moves into each gap."""
+        for row in rows:
+            hole = self._lines.pop(row).index
+            last = self._by_index.pop()
+            if last is not row:
+                line = self._lines[last]
+                cache.move_row(line.index, hole, line.length)
+                line.index = hole
+                self._by_index[hole] = last
+
+    def groups(self, parts: Sequence[Part]) -> list[list[int]]:
+        """Which parts share a forward pass, each in the order of the cache's lines."""
+        order = in_order(parts)
+        runs = grouped([parts[i].line.index for i in order], [len(parts[i].new_tokens) for i in order])
+        return [order[run] for run in runs]
+
+
+def in_order(parts: Sequence[Part]) -> list[int]:
+    """The parts in the order of the cache's lines."""
+    return sorted(range(len(parts)), key=lambda i: parts[i].line.index)
+
+
+def in_lockstep(parts: Sequence[Part]) -> bool:
+    """Whether a causal mask is right for all: chains of one length that start at one slot."""
+    first = parts[0]
+    size = len(first.new_tokens)
+    return all(
+        part.start == first.start and len(part.new_tokens) == size and (part.tree is None or part.tree.is_chain)
+        for part in parts
+    )
+
+
+def grouped(lines: Sequence[int], sizes: Sequence[int]) -> list[slice]:
+    """Which of neighbouring parts share a pass: those with the least padded columns in all, each pass counting too.
+
+    A pass reads a run of neighbouring ``lines`` as one slice and is as wide as the largest of its ``sizes``. Without
+    this, one row that joins with its prompt would make every row of the batch as wide as that prompt.
+    """
+    if len(set(sizes)) <= 1 and lines[-1] - lines[0] == len(lines) - 1:
+        return [slice(0, len(lines))]
+    best, cuts = [0], [0]  # of the first i parts: the least columns, and where the last group starts
+    for end in range(1, len(lines) + 1):
+        widest, least, cut = 0, float("inf"), end - 1
+        for first in range(end - 1, -1, -1):
+            if lines[first] + end - 1 - first != lines[end - 1]:
+                break
+            widest = max(widest, sizes[first])
+            columns = best[first] + widest * (end - first) + PASS_COLUMNS
+            if columns < least:
+                least, cut = columns, first
+        best.append(int(least))
+        cuts.append(cut)
+    runs, end = [], len(lines)
+    while end:
+        runs.append(slice(cuts[end], end))
+        end = cuts[end]
+    return runs[::-1]
+
+
+def pass_slots(parts: Sequence[Part], num_columns: int) -> Tensor:
+    """(B, T) slots of the columns: real ones from the row's start on, padding behind them where nothing is kept."""
+    columns = torch.arange(num_columns)
+    starts = torch.tensor([part.start for part in parts])[:, None]
+    padding = torch.tensor([num_columns - len(part.new_tokens) for part in parts])[:, None]
+    return starts + (columns - padding) % num_columns
+
+
+def mask_plan(parts: Sequence[Part], num_columns: int, width: int, device: torch.device) -> MaskPlan:
+    limits, positions, blocks, depths = [], [], [], []
+    for part in parts:
+        length, base = part.line.length, part.base
+        pad = num_columns - len(part.new_tokens)
+        node_depths = part.tree.depths() if part.tree else []
+        new_depths = node_depths[part.num_scored :]
+        pending = range(length, base)
+        # A padding column sees slot 0, so that its softmax has something to sum.
+        limits.append([1] * pad + [slot + 1 for slot in pending] + [base] * len(new_depths))
+        positions.append([0] * pad + list(pending) + [base + d for d in new_depths])
+        block = torch.zeros(num_columns, len(node_depths), dtype=torch.bool)
+        if part.tree:
+            block[num_columns - len(new_depths) :] = torch.from_numpy(part.tree.ancestors()[part.num_scored :])
+        blocks.append(block.to(device))
+        depths.append(torch.tensor(node_depths, dtype=torch.long, device=device))
+    bases = tuple(part.base for part in parts)
+    return MaskPlan(
+        torch.tensor(limits, device=device),
+        torch.tensor(positions, device=device),
+        bases,
+        tuple(blocks),
+        tuple(depths),
+        width,
+    )
