@@ -224,6 +224,24 @@ def sibling_ranks(trace: Trace) -> Ints:
     return ranks
 
 
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """What each step's tree (N,) looked like."""
+
+    levels: Ints  # edges from the root to the deepest node
+    leaves: Ints
+
+
+def tree_shapes(trace: Trace) -> Shapes:
+    """Depth and number of leaves of every tree."""
+    starts = trace.steps.tree_offsets[:-1]
+    if not len(starts):
+        return Shapes(starts, starts)
+    parents = _parents(trace)
+    is_leaf = np.bincount(parents[parents >= 0], minlength=len(parents)) == 0
+    return Shapes(np.maximum.reduceat(node_depths(trace), starts), np.add.reduceat(is_leaf.astype(np.int64), starts))
+
+
 def expected_length(rate: float, length: int) -> float:
     """Tokens a pass brings if every token of a chain is accepted with the same ``rate`` (Leviathan et al. 2023)."""
     return float(length + 1) if rate == 1 else (1 - rate ** (length + 1)) / (1 - rate)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.analysis.acceptance import node_depths
+from specdec.analysis.acceptance import tree_shapes
 from specdec.analysis.columns import BASELINE, PLAIN, Floats, Ints, Trace
 from specdec.analysis.intervals import Estimate, geometric_mean
 
@@ -186,7 +186,7 @@ def fit(trace: Trace) -> CostModel:
     # Relative errors count: an error of a millisecond matters more in a short pass.
     column_s, fixed_s = np.polyfit(columns, medians, 1, w=weights / medians)
     steps = trace.steps
-    levels = tree_levels(trace)
+    levels = tree_shapes(trace).levels
     drafting = (levels > 0) & (steps.index > 0)
     level_s = (
         float(np.median(steps.draft_s[drafting] * steps.num_rows[drafting] / levels[drafting]))
@@ -211,21 +211,12 @@ def predict(trace: Trace, model: CostModel) -> list[Prediction]:
         if name not in measured or not later.any():
             continue
         labels = steps.label[later]
-        values = (steps.num_emitted, steps.num_drafted + 1, tree_levels(own), steps.num_rows)
+        values = (steps.num_emitted, steps.num_drafted + 1, tree_shapes(own).levels, steps.num_rows)
         means = np.array([_means(labels, value[later]) for value in values])  # (4, answers)
         each = [model.speedup(tau, columns, levels, round(rows)) for tau, columns, levels, rows in means.T]
         tau, columns, levels = (float(value[later].mean()) for value in values[:3])
         found.append(Prediction(name, tau, columns, levels, geometric_mean(each).value, measured[name]))
     return found
-
-
-def tree_levels(trace: Trace) -> Ints:
-    """(N,) depth of each step's tree."""
-    return (
-        np.maximum.reduceat(node_depths(trace), trace.steps.tree_offsets[:-1])
-        if len(trace.steps)
-        else np.zeros(0, np.int64)
-    )
 
 
 def _means(labels: Ints, values: Ints) -> Floats:

@@ -149,7 +149,7 @@ def test_a_run_cut_short_is_taken_as_far_as_it_goes(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     write(path, HEAD, step_line(), step_line(index=1))
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match=r"cut short|no end line") as told:
         trace = load(path)
     assert len(trace.steps) == 1
     cut, missing = (str(each.message) for each in told)

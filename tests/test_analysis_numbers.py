@@ -157,7 +157,7 @@ def test_the_fit_finds_the_costs_that_made_a_trace(trace: Any) -> None:
     from dataclasses import replace
 
     steps = trace.steps
-    levels = speedup.tree_levels(trace)
+    levels = acceptance.tree_shapes(trace).levels
     made = replace(
         steps,
         score_s=0.03 + 0.002 * (steps.num_drafted + 1) + 5.0 * (steps.index == 0),

@@ -1,0 +1,77 @@
+"""``specdec figures``: drawings of what was measured."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from specdec.analysis.columns import Trace
+    from specdec.analysis.results import Bench, Tune
+
+EXAMPLE = "Example: specdec figures --trace bench.jsonl --bench bench.json --out figures"
+
+
+def figures(
+    trace: Annotated[
+        list[Path] | None, typer.Option("--trace", metavar="FILE.jsonl", help="Of specdec bench --trace; repeatable.")
+    ] = None,
+    bench: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Of specdec bench --output.")] = None,
+    tuned: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Of specdec tune --output.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")] = Path("figures"),
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Draw only this one; repeatable.")] = None,
+    form: Annotated[
+        list[str] | None, typer.Option("--format", metavar="svg|png", help="Only this format; repeatable.")
+    ] = None,
+) -> None:
+    """Draw what a bench and a tuner measured, as SVG and PNG for light and dark pages.
+
+    Everything is drawn from the files that are given. What they do not hold is listed with the reason.
+    """
+    if not (trace or bench or tuned):
+        raise ValueError("nothing to draw from: name a --trace, a --bench or a --tuned file")
+    from specdec.analysis.figures import FORMATS, draw_all
+
+    formats = form or list(FORMATS)
+    if unknown := [each for each in formats if each not in FORMATS]:
+        raise ValueError(f"--format must be svg or png, got {unknown[0]!r}")
+
+    result, settings = read_results(bench, tuned)
+    drawn = draw_all(out.expanduser(), read_traces(trace), result, settings, only=only, formats=formats)
+    for path in drawn.paths:
+        print(path)
+    for each in drawn.missing:
+        print(f"not drawn: {each.name}: needs {each.reason}", file=sys.stderr)
+    if not drawn.paths:
+        raise typer.Exit(1)
+
+
+def read_traces(paths: list[Path] | None) -> Trace | None:
+    """The traces as one; what a run that was cut short lacks is told on standard error."""
+    from specdec.analysis.load import load
+
+    if not paths:
+        return None
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        trace = load(*paths)
+    for warning in trace.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return trace
+
+
+def read_results(bench: Path | None, tuned: Path | None) -> tuple[Bench | None, Tune | None]:
+    """Results of both commands, each checked to be of its kind."""
+    from specdec.analysis.results import Bench, Tune, load_result
+
+    result = None if bench is None else load_result(bench)
+    settings = None if tuned is None else load_result(tuned)
+    if result is not None and not isinstance(result, Bench):
+        raise ValueError(f"{bench} is of specdec tune: give it as --tuned")
+    if settings is not None and not isinstance(settings, Tune):
+        raise ValueError(f"{tuned} is of specdec bench: give it as --bench")
+    return result, settings
