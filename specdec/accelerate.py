@@ -1,4 +1,4 @@
-"""Faster passes on a CPU: linear layers whose weights are laid out once for oneDNN's small-batch kernels.
+"""Faster passes on a CPU: linear layers laid out once for oneDNN's small-batch kernels, and grouped attention.
 
 PyTorch's own float32 path is slow for 2 to 16 rows, which is what verifying a draft needs; with the weights reordered
 once the same products take less than half the time (docs/log.md). The operators are private to PyTorch (its compiler
@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from specdec.grouped_attention import NAME as GROUPED
 
 _MIN_SIZE = 64  # smaller layers gain nothing
 _ROWS_HINT = 16  # rows of a typical verification pass
@@ -69,7 +71,7 @@ def accelerated_copy(model: Any) -> Any:
 
 
 def accelerated(model: Any, in_place: bool = False) -> Any:
-    """``model`` with packed linear layers.
+    """``model`` with packed linear layers, and attention that repeats no heads if it ran on ``sdpa``.
 
     Args:
         model: a transformers model on the CPU; elsewhere, or where packing is impossible, it is returned as it is.
@@ -83,6 +85,8 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         model = copy.deepcopy(model, shared)
     pack(model)
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation(GROUPED)
     return model
 
 

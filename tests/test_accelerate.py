@@ -6,11 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AttentionInterface,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import specdec
-from specdec import accelerate
+from specdec import accelerate, grouped_attention
 from specdec.accelerate import PackedLinear, accelerated, accelerated_copy, packing_fault
+from specdec.grouped_attention import attention_forward
 from specdec.interfaces import Row
 from specdec.target import CausalLM
 from specdec.tree import TokenTree
@@ -83,3 +92,51 @@ def test_where_packing_is_impossible_the_model_is_returned_as_it_is(monkeypatch:
     monkeypatch.setattr(accelerate, "packing_fault", lambda _: "not here")
     assert accelerated(model) is model
     assert packing_fault(torch.float64)
+
+
+@needs_packing
+def test_an_accelerated_model_really_attends_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registration that a model ignores would change nothing but the speed."""
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return attention_forward(*args, **kwargs)
+
+    AttentionInterface.register(grouped_attention.NAME, counted)
+    try:
+        plain = llama()
+        engine, row = CausalLM(accelerated(plain)), Row(0, [9, 8, 3], 20)
+        calls.clear()
+        engine.open([row])
+        engine.score([row], [TokenTree((3, 4, 5), (-1, 0, 0))])
+    finally:
+        AttentionInterface.register(grouped_attention.NAME, attention_forward)
+    assert len(calls) == SIZES["num_hidden_layers"]
+    assert plain.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_queries", [1, 2, 8, 9])
+@pytest.mark.parametrize("masked", [True, False])
+def test_grouped_attention_is_attention_with_repeated_heads(dtype: torch.dtype, num_queries: int, masked: bool) -> None:
+    if not masked and num_queries > 1:
+        num_queries = 0  # the causal mask of a prompt: all slots are queries
+    generator = torch.Generator().manual_seed(0)
+    batch, groups, heads, slots, size = 3, 2, 6, 21, 16
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    q = random(batch, heads, num_queries or slots, size)
+    k, v = random(batch, groups, slots, size), random(batch, groups, slots, size)
+    mask = torch.rand((batch, 1, q.shape[2], slots), generator=generator) > 0.4 if masked else None
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = heads // groups, True  # type: ignore[assignment]
+    found, _ = attention_forward(layer, q, k, v, mask, scaling=0.3)
+    seen = torch.ones(q.shape[2], slots, dtype=torch.bool).tril(slots - q.shape[2]) if mask is None else mask
+    scores = q.float() @ k.repeat_interleave(heads // groups, 1).float().transpose(-1, -2) * 0.3
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    expected = (weights @ v.repeat_interleave(heads // groups, 1).float()).transpose(1, 2)
+    tolerance = 1e-5 if dtype is torch.float32 else 0.03
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
