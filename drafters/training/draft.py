@@ -1,0 +1,70 @@
+"""Distilling a small draft model: some of the target's own layers, then KL on text that the target wrote."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.capture import decoder_layers
+from specdec.drafters.training.loop import Batch, Outcome, outcome_of
+
+
+def pruned(model: Any, num_layers: int) -> Any:
+    """A copy of ``model`` with ``num_layers`` of its decoder layers: evenly spread, the first and last among them.
+
+    Raises:
+        ValueError: not fewer layers than the model has, or none.
+    """
+    total = len(decoder_layers(model))
+    if not 1 <= num_layers < total:
+        raise ValueError(f"a draft model must have 1 to {total - 1} layers (fewer than the target's), got {num_layers}")
+    kept = [round(i * (total - 1) / max(num_layers - 1, 1)) for i in range(num_layers)]
+    small = copy.deepcopy(model)
+    layers = decoder_layers(small)
+    chosen = [layers[i] for i in kept]
+    del layers[num_layers:]
+    for i, layer in enumerate(chosen):
+        layers[i] = layer
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, "layer_idx", i)  # noqa: B010 (modules have no such attribute in general)
+    config = small.config.get_text_config()
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    return small
+
+
+class DraftTraining(nn.Module):
+    """A small causal LM with the KL divergence from the target's distribution.
+
+    The target is known by its best tokens; what it gives to all others together is matched as one more outcome, so
+    the draft model neither learns nor forgets the tail. Embedding and output matrix stay the target's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
+            matrix.weight.requires_grad_(False)
+
+    def forward(self, batch: Batch) -> Outcome:
+        positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device)
+        valid = positions < batch["lengths"][:, None]
+        # Padding stands at the right, where nothing sees it.
+        logits = self.model(input_ids=batch["tokens"], use_cache=False).logits[valid].float()
+        loss, ranks = tail_divergence(logits, batch["top_ids"][valid], batch["top_logprobs"][valid])
+        return outcome_of(loss, [ranks])
+
+
+def tail_divergence(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean KL () between targets known by their best tokens (N, K) and softmax(``logits``) (N, V); ranks (N,)."""
+    found = logits.gather(-1, top_ids)
+    ours = (found - logits.logsumexp(-1, keepdim=True)).clamp(max=-1e-6)
+    rest, our_rest = ((1 - each.exp().sum(-1)).clamp(min=1e-6) for each in (top_logprobs, ours))
+    loss = (top_logprobs.exp() * (top_logprobs - ours)).sum(-1) + rest * (rest.log() - our_rest.log())
+    ranks = (logits.detach() > found[:, :1].detach()).sum(-1)
+    return loss.mean(), ranks

@@ -1,0 +1,129 @@
+"""Training of EAGLE-3's cell by its training-time test (Li et al., 2025): the cell learns on its own outputs.
+
+Slot t reads the embedding of token t + 1 and a state, and predicts token t + 2. In step 0 the state is made of the
+target's features at t. In step k it is the cell's output of step k - 1 at slot t - 1, as if drafting had begun k slots
+earlier: the slot then attends to true slots up to t - k, and to its own k latest ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from specdec.capture import decoder_layers
+from specdec.drafters.eagle_cell import EagleCell
+from specdec.drafters.training.loop import Batch, Outcome, outcome_of
+from specdec.drafters.training.targets import SoftTargets
+
+DECAY = 0.8
+
+
+class EagleTraining(nn.Module):
+    """A cell with the loss of EAGLE-3: cross entropy with the target's distribution, weighted by 0.8^step.
+
+    Args:
+        cell: what is trained.
+        embedding: (V, H) of the target; stays fixed.
+        num_steps: how many tokens ahead the cell is unrolled.
+    """
+
+    embedding: Tensor
+
+    def __init__(self, cell: EagleCell, embedding: Tensor, num_steps: int = 3) -> None:
+        super().__init__()
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        self.cell, self.num_steps = cell, num_steps
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.targets = SoftTargets(cell.target_ids(), cell.config.vocab_size)
+
+    def forward(self, batch: Batch) -> Outcome:
+        tokens, lengths = batch["tokens"], batch["lengths"]
+        num_slots = tokens.shape[1] - 1
+        slots = torch.arange(num_slots, device=tokens.device)
+        positions = slots.expand(len(tokens), -1)
+        dtype = self.cell.fc.weight.dtype
+        embeds = self.embedding[tokens[:, 1:]].to(dtype)
+        states = self.cell.fuse(batch["features"][:, :-1].to(dtype))
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.append(k)
+            values.append(v)
+            return unrolled_attention(q, keys, values)
+
+        loss = embeds.new_zeros(())
+        ranks: list[Tensor] = []
+        for step in range(self.num_steps):
+            if step:
+                states = nn.functional.pad(states[:, :-1], (0, 0, 1, 0))
+            states = self.cell(embeds, states, positions, attend)
+            valid = (slots + 1 < lengths[:, None]) & (slots >= step)
+            top_ids, top_logprobs = (batch[key][:, 1:][valid] for key in ("top_ids", "top_logprobs"))
+            step_loss, rank = self.targets(
+                self.cell.norm(states[valid]), self.cell.lm_head.weight, top_ids, top_logprobs
+            )
+            loss = loss + DECAY**step * step_loss
+            ranks.append(rank)
+        return outcome_of(loss, ranks)
+
+
+def unrolled_attention(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """(B, heads, T, D): what step k = len(keys) - 1 attends to.
+
+    The queries ``q`` (B, heads, T, D) of slot t see the keys (B, G, T, D) of step 0 up to slot t - k, and those of
+    step j at slot t - k + j for each j from 1 to k.
+    """
+    step = len(keys) - 1
+    if step == 0:
+        return nn.functional.scaled_dot_product_attention(q, keys[0], values[0], is_causal=True, enable_gqa=True)
+    batch, heads, length, size = q.shape
+    groups = keys[0].shape[1]
+    q = q.view(batch, groups, heads // groups, length, size) * size**-0.5
+    scores = q @ keys[0][:, :, None].transpose(-1, -2)
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1 - step)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    own = [(_shifted(keys[j], step - j), _shifted(values[j], step - j)) for j in range(1, step + 1)]
+    extra = torch.stack([(q * k[:, :, None]).sum(-1) for k, _ in own], -1)
+    weights = torch.cat([scores, extra], -1).float().softmax(-1).to(q.dtype)
+    mixed = weights[..., :length] @ values[0][:, :, None]
+    for j, (_, v) in enumerate(own):
+        mixed = mixed + weights[..., length + j, None] * v[:, :, None]
+    return mixed.view(batch, heads, length, size)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """``x`` (B, G, T, D) moved ``by`` slots to the right, zeros in front."""
+    return x if by == 0 else nn.functional.pad(x[:, :, :-by], (0, 0, by, 0))
+
+
+@torch.no_grad()
+def warm_start(cell: EagleCell, model: nn.Module) -> bool:
+    """Copy the target's last decoder layer into the cell, as far as its parts have the same names and shapes.
+
+    Attention reads the embedding and the state side by side, so each half gets the layer's weights by a half; the
+    first state is the last of the three features. The output matrix is the target's at the draft vocabulary, and so
+    is the final norm. Returns whether the whole layer fitted.
+    """
+    source = dict(decoder_layers(model)[-1].state_dict())
+    size = cell.config.hidden_size
+    fitted = True
+    for name, parameter in cell.midlayer.named_parameters():
+        value = source.get(name.replace("hidden_norm", "input_layernorm"))
+        if value is not None and name.split(".")[1][:1] in "qkv" and value.dim() == 2:
+            value = torch.cat([value, value], 1) / 2
+        if value is None or value.shape != parameter.shape:
+            fitted = False
+            continue
+        parameter.copy_(value)
+    if cell.fc.weight.shape == (size, 3 * size):
+        cell.fc.weight.zero_()
+        cell.fc.weight[:, 2 * size :].fill_diagonal_(1.0)
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    if head.shape[1] == size:
+        cell.lm_head.weight.copy_(head[cell.target_ids()])
+    final = getattr(model.get_decoder(), "norm", None)  # type: ignore[operator]
+    if final is not None and final.weight.shape == cell.norm.weight.shape:
+        cell.norm.weight.copy_(final.weight)
+    return fitted

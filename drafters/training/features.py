@@ -1,0 +1,157 @@
+"""What a target thinks of its training text: hidden states and the best of its next-token distribution, on disk.
+
+One shard holds a number of conversations end to end. Letters: T positions of a shard, H hidden size, F feature size,
+K kept tokens of each distribution.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specdec.capture import Capture
+from specdec.drafters.training.data import Conversation
+from specdec.files import write_file, write_json
+
+TOP = 64
+SHARD = 64  # conversations
+_FACTS = "features.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One conversation with the target's view of it; position t of each tensor stands behind token t."""
+
+    tokens: Tensor  # (T,) int64
+    hidden: Tensor  # (T, H) inputs of the output matrix
+    features: Tensor  # (T, F), F may be 0
+    top_ids: Tensor  # (T, K) int64, the most probable next tokens, best first
+    top_logprobs: Tensor  # (T, K) float32 under the whole distribution
+
+
+@dataclass(slots=True)
+class FeatureStore:
+    """A folder of shards.
+
+    Args:
+        path: the folder.
+        layers: entries of ``hidden_states`` whose values are kept side by side as features.
+        max_length: longer conversations are cut.
+    """
+
+    path: Path
+    layers: tuple[int, ...]
+    max_length: int = 1024
+
+    def build(self, model: Any, conversations: Sequence[Conversation], batch_tokens: int = 2048) -> Iterator[int]:
+        """Make the shards that are missing; yields the number of tokens of each, made or found.
+
+        A shard that is there is kept as it is, so ``conversations`` may grow between runs but not change.
+
+        Raises:
+            ValueError: the folder was made for other layers or another model.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._check(model)
+        for number, first in enumerate(range(0, len(conversations) - SHARD + 1, SHARD)):
+            file = self._shard(number)
+            part = [list(c.tokens[: self.max_length]) for c in conversations[first : first + SHARD]]
+            if not file.exists():
+                tensors = self._compute(model, part, batch_tokens)
+                write_file(file, partial(save_file, tensors))
+            yield sum(map(len, part))
+
+    def __len__(self) -> int:
+        """Whole shards in the folder."""
+        number = 0
+        while self._shard(number).exists():
+            number += 1
+        return number
+
+    def read(self, number: int) -> list[Text]:
+        """The conversations of one shard."""
+        with safe_open(self._shard(number), "pt") as file:
+            parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        sizes = parts.pop("sizes").tolist()
+        split = {key: tensor.split(sizes) for key, tensor in parts.items()}
+        return [
+            Text(
+                split["tokens"][i].long(),
+                split["hidden"][i],
+                split["features"][i],
+                split["top_ids"][i].long(),
+                split["top_logprobs"][i].float(),
+            )
+            for i in range(len(sizes))
+        ]
+
+    def sizes(self, number: int) -> list[int]:
+        """The lengths of one shard's conversations."""
+        with safe_open(self._shard(number), "pt") as file:
+            sizes: list[int] = file.get_tensor("sizes").tolist()
+        return sizes
+
+    def _shard(self, number: int) -> Path:
+        return self.path / f"{number:05}.safetensors"
+
+    def _check(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        facts = {
+            "layers": list(self.layers),
+            "max_length": self.max_length,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "num_hidden_layers": config.num_hidden_layers,
+        }
+        file = self.path / _FACTS
+        if file.exists() and (known := json.loads(file.read_text("utf-8"))) != facts:
+            raise ValueError(f"{self.path} holds features of another kind ({known}, not {facts}); name another folder")
+        write_json(file, facts)
+
+    @torch.no_grad()
+    def _compute(self, model: Any, texts: Sequence[list[int]], batch_tokens: int) -> dict[str, Tensor]:
+        """The tensors of a shard. Texts of like length share a pass; the padding at their right is seen by nobody."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        results: dict[int, tuple[Tensor, ...]] = {}
+        while order:
+            size = max(1, batch_tokens // len(texts[order[-1]]))
+            chosen, order = order[-size:], order[:-size]
+            for i, result in zip(chosen, self._forward(model, [texts[i] for i in chosen]), strict=True):
+                results[i] = result
+        columns = [torch.cat([results[i][k] for i in range(len(texts))]) for k in range(4)]
+        return {
+            "sizes": torch.tensor([len(text) for text in texts]),
+            "tokens": torch.tensor([token for text in texts for token in text], dtype=torch.int32),
+            **dict(zip(("hidden", "features", "top_ids", "top_logprobs"), columns, strict=True)),
+        }
+
+    def _forward(self, model: Any, texts: Sequence[list[int]]) -> Iterator[tuple[Tensor, ...]]:
+        width = max(map(len, texts))
+        device = model.get_input_embeddings().weight.device
+        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
+        with Capture(model, hidden=True, layers=self.layers) as capture:
+            logits = model(input_ids=ids, use_cache=False).logits
+            captured = capture.take(width)
+        assert captured.hidden is not None
+        for row, text in enumerate(texts):
+            n = len(text)
+            scores = logits[row, :n].float()
+            best = scores.topk(min(TOP, scores.shape[-1]))
+            logprobs = best.values - scores.logsumexp(-1, keepdim=True)
+            hidden = captured.hidden[row, :n]
+            features = hidden[:, :0] if captured.features is None else captured.features[row, :n]
+            yield (
+                hidden.to("cpu", torch.bfloat16),
+                features.to("cpu", torch.bfloat16),
+                best.indices.int().cpu(),
+                logprobs.half().cpu(),
+            )
