@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A tensor passes its address, None a null pointer, a numpy scalar itself with its own size.
-Argument = Tensor | np.generic | None
+# A tensor passes its address, None a null pointer, a numpy scalar (or an array of one struct) itself.
+Argument = Tensor | np.generic | np.ndarray[Any, Any] | None
 
 C_TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 

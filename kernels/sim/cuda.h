@@ -113,6 +113,7 @@ SIMT_OWN inline T atomicMax(T* address, U value) {
 
 // ---- mathematics and bits -------------------------------------------------------------------------------------------
 inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return static_cast<unsigned __int128>(a) * b >> 64;
