@@ -124,7 +124,7 @@ class DataFolder:
         write_json(file, facts)
 
     def read(self) -> list[Conversation]:
-        """What is there so far, by number; a last line that was cut short is left out and removed."""
+        """What is there so far, in the order in which it ended; a last line that was cut short is removed."""
         file = self.path / _LINES
         if not file.exists():
             return []
@@ -139,7 +139,7 @@ class DataFolder:
                 found[item["index"]] = Conversation(item["index"], tuple(item["tokens"]), item["num_prompt"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number} is not a conversation ({error}); delete the line") from None
-        return [found[index] for index in sorted(found) if index < self.settings.count]
+        return [conversation for index, conversation in found.items() if index < self.settings.count]
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.capture import decoder_layers
-from specdec.drafters.training.loop import Batch, Outcome, outcome_of
+from specdec.drafters.training.loop import Batch, Outcome
 
 
 def pruned(model: Any, num_layers: int) -> Any:
@@ -57,7 +57,7 @@ class DraftTraining(nn.Module):
         # Padding stands at the right, where nothing sees it.
         logits = self.model(input_ids=batch["tokens"], use_cache=False).logits[valid].float()
         loss, ranks = tail_divergence(logits, batch["top_ids"][valid], batch["top_logprobs"][valid])
-        return outcome_of(loss, [ranks])
+        return Outcome(loss, (ranks,))
 
 
 def tail_divergence(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> tuple[Tensor, Tensor]:

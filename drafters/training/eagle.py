@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from specdec.capture import decoder_layers
 from specdec.drafters.eagle_cell import EagleCell
-from specdec.drafters.training.loop import Batch, Outcome, outcome_of
+from specdec.drafters.training.loop import Batch, Outcome
 from specdec.drafters.training.targets import SoftTargets
 
 DECAY = 0.8
@@ -66,7 +66,7 @@ class EagleTraining(nn.Module):
             )
             loss = loss + DECAY**step * step_loss
             ranks.append(rank)
-        return outcome_of(loss, ranks)
+        return Outcome(loss, tuple(ranks))
 
 
 def unrolled_attention(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:

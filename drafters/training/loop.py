@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from specdec.files import write_file
 
-RANKS = (1, 4, 8)
+RANKS = (1, 4, 8)  # reported: the target's best token is among so many best of the draft's
+NUM_RANKS = 16
 _STATE = "state.pt"
 _LOG = "log.jsonl"
 
@@ -57,17 +58,10 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a module says of one batch: P places (heads, or steps ahead), R = len(RANKS)."""
+    """What a module says of one batch."""
 
     loss: Tensor  # ()
-    hits: Tensor  # (P, R) positions whose most probable token under the target is among the draft's best
-    counts: Tensor  # (P,) positions
-
-
-def outcome_of(loss: Tensor, ranks: Sequence[Tensor]) -> Outcome:
-    """An outcome from the rank (0 = best) of the target's best token at each position of each place."""
-    hits = torch.stack([torch.stack([(rank < r).sum() for r in RANKS]) for rank in ranks])
-    return Outcome(loss, hits, torch.tensor([rank.numel() for rank in ranks], device=hits.device))
+    ranks: tuple[Tensor, ...]  # of each place (head, or step ahead): the target's best token's rank, 0 for the best
 
 
 class Batches:
@@ -91,21 +85,25 @@ class Meter:
     num_batches: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
-    hits: Tensor | None = None
-    counts: Tensor | None = None
+    histogram: Tensor | None = None  # (P, NUM_RANKS + 1) how often each rank was the target's best; last: none of them
 
     def add(self, outcome: Outcome, num_tokens: int) -> None:
         self.loss += float(outcome.loss.detach())
         self.num_batches += 1
         self.num_tokens += num_tokens
-        hits, counts = outcome.hits.cpu(), outcome.counts.cpu()
-        self.hits = hits if self.hits is None else self.hits + hits
-        self.counts = counts if self.counts is None else self.counts + counts
+        counts = [rank.clamp(max=NUM_RANKS).bincount(minlength=NUM_RANKS + 1) for rank in outcome.ranks]
+        histogram = torch.stack(counts).cpu()
+        self.histogram = histogram if self.histogram is None else self.histogram + histogram
+
+    def table(self) -> list[list[float]]:
+        """(P, NUM_RANKS): how often the draft's r-th best token is the target's best."""
+        assert self.histogram is not None
+        shares = self.histogram / self.histogram.sum(-1, keepdim=True).clamp(min=1)
+        return [[round(share, 5) for share in row] for row in shares[:, :NUM_RANKS].tolist()]
 
     def facts(self) -> dict[str, Any]:
-        assert self.hits is not None
-        assert self.counts is not None
-        rates = (self.hits / self.counts[:, None].clamp(min=1)).T.tolist()
+        table = torch.tensor(self.table())
+        rates = [table[:, :rank].sum(-1).tolist() for rank in RANKS]
         facts: dict[str, Any] = {"loss": round(self.loss / max(self.num_batches, 1), 4)}
         for rank, values in zip(RANKS, rates, strict=True):
             facts[f"top{rank}"] = [round(value, 4) for value in values]
@@ -145,7 +143,7 @@ class Trainer:
     place: Place = field(default_factory=Place)
 
     def run(self) -> dict[str, Any]:
-        """Train to the end and return the final held-out facts; Ctrl-C saves the state and is raised again.
+        """Train to the end and return the held-out facts, with the whole table of ranks; Ctrl-C saves the state first.
 
         Raises:
             ValueError: the state in the folder belongs to another module or other settings.
@@ -168,9 +166,10 @@ class Trainer:
         finally:
             if accelerator.is_main_process:
                 self._save(optimizer)
-        facts = self._evaluate(accelerator, module)
-        self._log(accelerator, {"kind": "final", **asdict(self.place), **facts})
-        return facts
+        meter = self._evaluate(accelerator, module)
+        facts = {**self._where(), **meter.facts()}
+        self._log(accelerator, {"kind": "final", **facts})
+        return {**facts, "table": meter.table()}
 
     @property
     def progress(self) -> float:
@@ -212,7 +211,8 @@ class Trainer:
                         self._save(optimizer)
                 if self.place.elapsed_s - evaluated >= self.settings.evaluate_every_s:
                     evaluated = self.place.elapsed_s
-                    self._log(accelerator, {"kind": "held_out", **self._where(), **self._evaluate(accelerator, module)})
+                    held_out = self._evaluate(accelerator, module).facts()
+                    self._log(accelerator, {"kind": "held_out", **self._where(), **held_out})
                 if self.progress >= 1:
                     return
             self.place.epoch, self.place.index = self.place.epoch + 1, 0
@@ -229,14 +229,14 @@ class Trainer:
         return self.settings.learning_rate * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
 
     @torch.no_grad()
-    def _evaluate(self, accelerator: Any, module: nn.Module) -> dict[str, Any]:
+    def _evaluate(self, accelerator: Any, module: nn.Module) -> Meter:
         meter = Meter()
         module.eval()
         for batch in self.held_out.epoch(0):
             on_device = {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
             meter.add(module(on_device), batch["tokens"].numel())
         module.train()
-        return meter.facts()
+        return meter
 
     def _log(self, accelerator: Any, facts: dict[str, Any]) -> None:
         if not accelerator.is_main_process:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters.medusa_heads import MedusaHeads
-from specdec.drafters.training.loop import Batch, Outcome, outcome_of
+from specdec.drafters.training.loop import Batch, Outcome
 from specdec.drafters.training.targets import SoftTargets
 
 DECAY = 0.8
@@ -47,7 +47,7 @@ class MedusaTraining(nn.Module):
             head_loss, rank = self.targets(head_states, self._matrix(i), top_ids, top_logprobs)
             loss = loss + DECAY**i * head_loss
             ranks.append(rank)
-        return outcome_of(loss, ranks)
+        return Outcome(loss, tuple(ranks))
 
     def _matrix(self, head: int) -> Tensor:
         if self.heads.shares_output:

@@ -1,0 +1,235 @@
+"""``specdec train``: Medusa heads, an EAGLE-3 cell or a small draft model for any target, from nothing but the target."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdec.cli import options
+from specdec.models import DEFAULT_MODEL, cache_dir, known_models, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from specdec.drafters.training.data import Conversation
+    from specdec.drafters.training.features import FeatureStore
+
+EXAMPLE = "Example: specdec train eagle --conversations 2000 --minutes 30 --output my-eagle"
+SELF = "self"
+_NUM_JUDGES = 24  # held-out questions that the finished drafter is judged on
+_SHOW_EVERY_S = 10.0
+
+
+class Kind(StrEnum):
+    MEDUSA = "medusa"
+    EAGLE = "eagle"
+    DRAFT = "draft"
+
+
+def train(
+    kind: Annotated[Kind, typer.Argument(help="medusa: heads; eagle: an EAGLE-3 cell; draft: a small causal LM.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The finished drafter, and the state of the run.")],
+    target: options.Target = DEFAULT_MODEL,
+    data: Annotated[
+        str,
+        typer.Option(metavar="FILE", help=f"Questions as JSONL, as for bench; {SELF}: the target writes them itself."),
+    ] = SELF,
+    conversations: Annotated[int, typer.Option(metavar="N", help="How many the target answers.")] = 2000,
+    max_answer_tokens: Annotated[int, typer.Option(metavar="N", help="The longest answer.")] = 256,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keeps text and features for other runs; default: in the cache folder."),
+    ] = None,
+    epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the data.")] = 3.0,
+    minutes: Annotated[
+        float | None, typer.Option(metavar="X", help="Train for this time instead; the schedule fits it.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Default: 1e-3; for draft 3e-4.")] = None,
+    draft_vocab: Annotated[
+        int, typer.Option(metavar="N", help="Token ids that medusa and eagle can draft: the most used ones; 0: all.")
+    ] = 16384,
+    heads: Annotated[int, typer.Option(metavar="N", help="medusa: how many tokens ahead.")] = 4,
+    head_layers: Annotated[int, typer.Option(metavar="N", help="medusa: residual blocks of a head.")] = 1,
+    own_output: Annotated[
+        bool,
+        typer.Option("--own-output", help="medusa and eagle: train an output matrix instead of using the target's."),
+    ] = False,
+    steps: Annotated[int, typer.Option(metavar="N", help="eagle: steps of the training-time test.")] = 3,
+    layers: Annotated[int, typer.Option(metavar="N", help="draft: decoder layers to keep.")] = 8,
+    batch_tokens: Annotated[int, typer.Option(metavar="N", help="Padded tokens of a training step.")] = 2048,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows that are generated at a time.")] = 64,
+    precision: Annotated[str, typer.Option(metavar="NAME", help="Of training: bf16, fp16 or no.")] = "bf16",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Train a drafter for a target.
+
+    Three stages, each of which goes on where it was stopped: the target writes and answers questions (or answers
+    yours), its hidden states are computed once, and the drafter is trained on them. Ends with the mean acceptance
+    length on held-out questions.
+    """
+    from specdec.drafters.training.job import Job, Recipe
+    from specdec.drafters.training.loop import TrainSettings
+
+    options.set_threads(threads)
+    rate = learning_rate or (3e-4 if kind is Kind.DRAFT else 1e-3)
+    settings = TrainSettings(epochs, minutes, rate, precision=precision, seed=seed)
+    recipe = Recipe(kind.value, settings, batch_tokens, draft_vocab, heads, head_layers, own_output, steps, layers)
+    folder = output.expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Source(target, data, conversations, max_answer_tokens, batch_size, seed, work)
+    model, tokenizer = load_plain(target, dtype, device)
+    store, texts = source.prepare(model, tokenizer)
+    if kind is Kind.DRAFT:
+        tokenizer.save_pretrained(folder)
+    job = Job(model, store, recipe, folder, tell)
+    facts = job.run()
+    length = acceptance(kind, folder, model, [list(text.tokens[: text.num_prompt]) for text in texts[-_NUM_JUDGES:]])
+    tell(f"mean acceptance length on {_NUM_JUDGES} held-out questions, greedy: {length:.2f}")
+    job.save_card(
+        target, licence(target), {**facts, "mean_acceptance_length": round(length, 3), "conversations": len(texts)}
+    )
+    print(f"{folder}: use it with {usage(kind, folder)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the training text comes from."""
+
+    target: str
+    data: str
+    count: int
+    max_answer_tokens: int
+    batch_size: int
+    seed: int
+    work: Path | None
+
+    def prepare(self, model: Any, tokenizer: Any) -> tuple[FeatureStore, list[Conversation]]:
+        """Make what is missing of the text and its features."""
+        from specdec.drafters.eagle_engine import feature_layers
+        from specdec.drafters.training.features import SHARD, FeatureStore
+
+        if self.count < 2 * SHARD:
+            raise ValueError(f"training needs at least {2 * SHARD} conversations, got {self.count}")
+        texts = self._write(model, tokenizer)
+        layers = feature_layers(model.config.get_text_config().num_hidden_layers)
+        store = FeatureStore(self._folder / "features", layers)
+        progress, done = Progress("features"), 0
+        for size in store.build(model, texts):
+            done += size
+            progress.show(done, sum(len(text.tokens) for text in texts))
+        return store, texts
+
+    @property
+    def _folder(self) -> Path:
+        if self.work is not None:
+            return self.work.expanduser()
+        source = SELF if self.data == SELF else Path(self.data).stem
+        return cache_dir() / "training" / f"{Path(self.target).name}-{source}-{self.seed}"
+
+    def _write(self, model: Any, tokenizer: Any) -> list[Conversation]:
+        from specdec.accelerate import accelerated
+        from specdec.cli.loading import eos_ids
+        from specdec.drafters.training.data import OPENERS, Chat, DataFolder, DataSettings, Generator
+        from specdec.target import CausalLM
+        from specdec.verifiers import make_verifier
+
+        questions, source = self._questions(tokenizer)
+        count = self.count if questions is None else min(self.count, len(questions))
+        settings = DataSettings(self.target, count, source, self.seed, max_answer_tokens=self.max_answer_tokens)
+        folder = DataFolder(self._folder, settings)
+        folder.open()
+        known = len(folder.read())
+        if known < count:
+            openers = [json.loads(line) for line in OPENERS.read_text("utf-8").splitlines()]
+            engine = CausalLM(accelerated(model))
+            chat, rule = Chat.of(tokenizer), make_verifier("match")
+            generator = Generator(engine, rule, eos_ids(model), chat, settings, openers, questions, self.batch_size)
+            progress, done = Progress("conversations"), 0
+            for number, text in enumerate(generator.run(folder), start=known + 1):
+                done += text.num_answer
+                progress.show(number, count, f"{done} answer tokens")
+        return folder.read()
+
+    def _questions(self, tokenizer: Any) -> tuple[list[list[int]] | None, str]:
+        """Token ids of the user's questions, and what tells their file from others."""
+        if self.data == SELF:
+            return None, SELF
+        from specdec.prompts import load_prompts
+
+        prompts = load_prompts(self.data)
+        digest = hashlib.sha256("\0".join(prompt.turns[0] for prompt in prompts).encode()).hexdigest()
+        return [list(tokenizer(p.turns[0], add_special_tokens=False)["input_ids"]) for p in prompts], digest
+
+
+@dataclass(slots=True)
+class Progress:
+    """A line on the error stream every few seconds."""
+
+    what: str
+    started: float = field(default_factory=time.monotonic)
+    shown: float = 0.0
+
+    def show(self, done: int, total: int, more: str = "") -> None:
+        now = time.monotonic()
+        if now - self.shown < _SHOW_EVERY_S and done < total:
+            return
+        self.shown = now
+        rate = done / max(now - self.started, 1e-9)
+        tell(f"{self.what}: {done} of {total}{', ' + more if more else ''} ({rate:.1f} a second)")
+
+
+def load_plain(target: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """The target with the layers that transformers gives it, and its tokenizer."""
+    model = load_model(target, dtype=dtype, device=device, progress=tell)
+    return model, load_tokenizer(target, progress=tell)
+
+
+def acceptance(kind: Kind, folder: Path, model: Any, questions: list[list[int]]) -> float:
+    """Mean acceptance length of the finished drafter with the tree that it would draft, greedy."""
+    from specdec.budget import FixedBudget
+    from specdec.cli.loading import eos_ids
+    from specdec.decode import Decoder
+    from specdec.drafters import make_drafter
+    from specdec.interfaces import DraftContext, Row
+    from specdec.metrics import Stats
+    from specdec.noise import PhiloxNoise
+    from specdec.policy import ParamsPolicy
+    from specdec.sampling import GREEDY
+    from specdec.target import CausalLM
+    from specdec.verifiers import make_verifier
+
+    engine, rule, ends = CausalLM(model), make_verifier("match"), eos_ids(model)
+    drafts = (load_model(str(folder), dtype="auto", device=str(model.device)),) if kind is Kind.DRAFT else ()
+    name = "model:shape=best-first" if kind is Kind.DRAFT else f"{kind}:path={folder}"
+    drafter = make_drafter(name, DraftContext(engine, rule, drafts))
+    decoder = Decoder(
+        engine, drafter, rule, ParamsPolicy(GREEDY), PhiloxNoise(0), lambda row: row.tokens[-1] in ends, FixedBudget(16)
+    )
+    stats = Stats()
+    for emission in decoder.run((Row(i, ids, len(ids) + 64) for i, ids in enumerate(questions)), 1):
+        stats.add(emission.step)
+    return stats.mean_acceptance_length
+
+
+def licence(target: str) -> str:
+    """A built-in target's licence; of others it is not known."""
+    return next((known.licence.lower() for known in known_models() if known.name == target), "other")
+
+
+def usage(kind: Kind, folder: Path) -> str:
+    if kind is Kind.DRAFT:
+        return f"--drafter model --drafter-model {folder}"
+    return f"--drafter {kind}:path={folder}"
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,172 @@
+"""One training run: from features on disk to a finished drafter, for each kind of drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.drafters.eagle_cell import EagleCell
+from specdec.drafters.eagle_config import EagleConfig
+from specdec.drafters.eagle_format import save_eagle
+from specdec.drafters.medusa_heads import MedusaHeads, save_medusa
+from specdec.drafters.shipped import target_facts
+from specdec.drafters.training.batches import Split, text_batches
+from specdec.drafters.training.draft import DraftTraining, pruned
+from specdec.drafters.training.eagle import EagleTraining, warm_start
+from specdec.drafters.training.features import FeatureStore
+from specdec.drafters.training.loop import Trainer, TrainSettings
+from specdec.drafters.training.medusa import MedusaTraining
+from specdec.drafters.training.vocabulary import choose_vocabulary
+from specdec.files import write_json, write_text
+
+KINDS = ("medusa", "eagle", "draft")
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is trained, and how. Sizes that a kind does not have are ignored by it."""
+
+    kind: str
+    settings: TrainSettings
+    batch_tokens: int = 2048
+    draft_vocab: int = 16384  # 0: every id
+    heads: int = 4
+    head_layers: int = 1
+    own_output: bool = False
+    steps: int = 3
+    layers: int = 8
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name in ("batch_tokens", "heads", "head_layers", "steps", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.draft_vocab < 0:
+            raise ValueError(f"draft_vocab must be positive, or 0 for every id, got {self.draft_vocab}")
+
+
+@dataclass(slots=True)
+class Job:
+    """Trains ``recipe`` for ``model`` on ``store``; the drafter and the state of the run go to ``folder``."""
+
+    model: Any  # a transformers causal LM with plain layers
+    store: FeatureStore
+    recipe: Recipe
+    folder: Path
+    say: Callable[[str], None]
+
+    def run(self) -> Facts:
+        """Train to the end (or go on with a run that was stopped), save the drafter, and return what is known of it."""
+        split = Split.of(len(self.store))
+        facts: Facts = {"num_train_tokens": sum(sum(self.store.sizes(shard)) for shard in split.train)}
+        self.say(f"training on {facts['num_train_tokens']} tokens, {len(split.held_out)} shards held out")
+        if self.recipe.kind == "draft":
+            return facts | self._draft(split)
+        ids, coverage = self._vocabulary(split)
+        self.say(f"draft vocabulary: {len(ids)} ids, which cover {100 * coverage:.1f} % of held-out choices")
+        facts |= {"draft_vocab_size": len(ids), "coverage": round(coverage, 4)}
+        return facts | (self._medusa if self.recipe.kind == "medusa" else self._eagle)(split, ids)
+
+    def _vocabulary(self, split: Split) -> tuple[Tensor, float]:
+        size = self.model.config.get_text_config().vocab_size
+        chosen = choose_vocabulary(self.store, split.train, split.held_out, size, self.recipe.draft_vocab or size)
+        return chosen.ids, chosen.coverage
+
+    def _fit(self, module: nn.Module, split: Split) -> Facts:
+        seed = self.recipe.settings.seed
+        train = text_batches(self.store, split.train, self.recipe.batch_tokens, seed)
+        held_out = text_batches(self.store, split.held_out, self.recipe.batch_tokens, None)
+        return Trainer(module, train, held_out, self._settings(), self.folder / "run", self.say).run()
+
+    def _settings(self) -> TrainSettings:
+        device = self.model.device.type
+        return replace(self.recipe.settings, device=device)
+
+    def _medusa(self, split: Split, ids: Tensor) -> Facts:
+        config = self.model.config.get_text_config()
+        recipe = self.recipe
+        vocab = ids if len(ids) < config.vocab_size else None
+        sizes = (recipe.heads, recipe.head_layers, config.hidden_size, config.vocab_size)
+        heads = MedusaHeads(*sizes, vocab, shares_output=not recipe.own_output)
+        matrix = self._output_rows(ids)
+        if recipe.own_output:
+            with torch.no_grad():
+                for head in heads.heads:
+                    head[-1].weight.copy_(matrix)  # type: ignore[index]
+        facts = self._fit(MedusaTraining(heads, None if recipe.own_output else matrix), split)
+        heads.accuracies = tuple(map(tuple, facts["table"]))
+        save_medusa(heads.to(torch.bfloat16), self.folder, target_facts(self.model))
+        return facts
+
+    def _eagle(self, split: Split, ids: Tensor) -> Facts:
+        cell = EagleCell(EagleConfig.for_target(self.model.config, len(ids)), ids)
+        if not warm_start(cell, self.model):
+            self.say(
+                "the target's last layer does not fit the cell: attention or its feed-forward part starts at random"
+            )
+        cell.lm_head.weight.requires_grad_(self.recipe.own_output)
+        embedding = self.model.get_input_embeddings().weight.detach().float()
+        facts = self._fit(EagleTraining(cell, embedding, self.recipe.steps), split)
+        save_eagle(cell.to(torch.bfloat16), self.folder, target_facts(self.model))
+        return facts
+
+    def _draft(self, split: Split) -> Facts:
+        small = pruned(self.model, self.recipe.layers).float()
+        facts = self._fit(DraftTraining(small), split)
+        small.to(self.model.dtype).save_pretrained(self.folder)
+        return facts
+
+    def _output_rows(self, ids: Tensor) -> Tensor:
+        matrix: Tensor = self.model.get_output_embeddings().weight.detach()
+        return matrix[ids.to(matrix.device)].float()
+
+    def save_card(self, target: str, licence: str, facts: Mapping[str, Any]) -> None:
+        """Write what the drafter was trained on and how good it is, for readers (README.md) and programs."""
+        facts = {key: value for key, value in facts.items() if key != "table"}
+        recipe = asdict(self.recipe)
+        write_json(self.folder / "training.json", {"target": target, "recipe": recipe, "facts": facts})
+        write_text(self.folder / "README.md", model_card(target, licence, self.recipe, facts))
+
+
+def model_card(target: str, licence: str, recipe: Recipe, facts: Mapping[str, Any]) -> str:
+    """The text of a model card."""
+    names = {"medusa": "Medusa heads", "eagle": "EAGLE-3 draft head", "draft": "Distilled draft model"}
+    places = "step ahead" if recipe.kind == "eagle" else "head"
+    rows = zip(facts["top1"], facts["top4"], facts["top8"], strict=True)
+    table = "\n".join(f"| {i + 1} | {a:.3f} | {b:.3f} | {c:.3f} |" for i, (a, b, c) in enumerate(rows))
+    vocabulary = (
+        f"- Draft vocabulary: {facts['draft_vocab_size']} ids, {100 * facts['coverage']:.1f} % of held-out choices.\n"
+        if "coverage" in facts
+        else ""
+    )
+    return f"""---
+license: {licence}
+base_model: {target}
+tags: [speculative-decoding]
+---
+# {names[recipe.kind]} for {target}
+
+Trained with `specdec train {recipe.kind}`; use it with `specdec generate --drafter {recipe.kind}:path=THIS_FOLDER`
+({"--drafter model --drafter-model THIS_FOLDER" if recipe.kind == "draft" else "or name it in a hybrid"}). Output stays
+exactly the target's: a drafter only changes how fast it comes.
+
+- Data: {facts["conversations"]} conversations ({facts["num_train_tokens"]} training tokens), written and answered by the
+  target itself. No data set was used.
+- Training: {facts["step"]} steps of {recipe.batch_tokens} tokens, {facts["elapsed_s"] / 60:.0f} minutes
+  ({facts["epoch"] + 1} passes over the data).
+{vocabulary}- Mean acceptance length on held-out questions, greedy: {facts["mean_acceptance_length"]:.2f}.
+- Licence: {licence}, the target's.
+
+How often the target's choice is the draft's best, or among its best 4 or 8, on held-out text:
+
+| {places} | top-1 | top-4 | top-8 |
+| --- | --- | --- | --- |
+{table}
+"""
