@@ -21,6 +21,8 @@ DRAFTERS: dict[str, str] = {
     "suffix": "specdec.drafters.suffix",
     "recycling": "specdec.drafters.recycling",
     "model": "specdec.drafters.model",
+    "medusa": "specdec.drafters.medusa",
+    "eagle": "specdec.drafters.eagle",
     "hybrid": "specdec.drafters.hybrid",
 }
 

@@ -8,7 +8,8 @@ step. Letters: B rows, T columns, H hidden size, F feature size, Vd draft vocabu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,12 @@ class EagleEngine:
     Args:
         cell: the network; it moves to the target's device and dtype, and its layers are packed if the target's are.
         target: asked for the features that the head reads, with every pass.
+        clock: seconds; the time spent inside the head is added up in ``model_s``.
     """
 
-    def __init__(self, cell: EagleCell | FeatureCell, target: CausalLM) -> None:
+    def __init__(
+        self, cell: EagleCell | FeatureCell, target: CausalLM, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.target = target
         self.cell = cell.to(target.device, target.model.dtype).eval()
         if is_accelerated(target.model):
@@ -47,6 +51,7 @@ class EagleEngine:
         self._lines = Lines()
         self._features: dict[Row, list[Tensor]] = {}  # (k, F) true ones that the cache lacks
         self._states: dict[Row, Tensor] = {}  # (n, H) the head's outputs at the nodes of the tree being grown
+        self._clock = clock
         self.model_s = 0.0
 
     def open(self, rows: Sequence[Row]) -> None:
@@ -83,12 +88,14 @@ class EagleEngine:
                 states.append(fused)
                 parts.append(Part(line, pending, tree, 0))
         results: list[Scores | None] = [None] * len(parts)
+        started = self._clock()
         for group in self._lines.groups(parts):
             after = self._forward([parts[i] for i in group], [states[i] for i in group])
             logits = torch.split(self._logits(torch.cat(after)), [len(each) for each in after])
             for i, new, share in zip(group, after, logits, strict=True):
                 self._states[rows[i]] = torch.cat([self._states[rows[i]], new]) if num_scored[i] else new
                 results[i] = Scores(share)
+        self.model_s += self._clock() - started
         for part in parts:
             part.line.length = part.base
         return [result for result in results if result is not None]

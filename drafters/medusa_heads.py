@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters.checkpoint_io import CONFIG, TensorFiles, check_tensors, check_vocab, read_json, save_tensors
+from specdec.drafters.shapes import StaticShape
 from specdec.errors import CheckpointError
 
 WEIGHTS = "medusa_lm_head.safetensors"
@@ -129,7 +130,7 @@ def save_medusa(heads: MedusaHeads, path: str | Path, base: Mapping[str, Any] | 
         "shares_output": heads.shares_output,
         "choices": [list(choice) for choice in heads.choices],
         "accuracies": [list(row) for row in heads.accuracies],
-        "target": dict(base or {}),
+        "specdec_target": dict(base or {}),
     }
     save_tensors(tensors, config, Path(path), WEIGHTS)
 
@@ -170,5 +171,9 @@ def load_medusa(path: str | Path, hidden_size: int, vocab_size: int) -> MedusaHe
 def _read_config(heads: MedusaHeads, file: Path) -> None:
     """What our own configs say beyond the keys."""
     config = read_json(file) if file.is_file() else {}
-    heads.choices = tuple(tuple(choice) for choice in config.get("choices", ()))
+    try:
+        shape = StaticShape(tuple(sorted((tuple(c) for c in config.get("choices", ())), key=lambda c: (len(c), c))))
+    except ValueError as error:
+        raise CheckpointError(f"the choices in {file} are no tree: {error}") from None
+    heads.choices = shape.paths
     heads.accuracies = tuple(tuple(row) for row in config.get("accuracies", ()))

@@ -62,6 +62,7 @@ class CausalLM:
         self.vocab_size: int = getattr(head, "out_features", None) or head.weight.shape[0]
         self._clock = clock
         self._config = model.config.get_text_config()
+        self.hidden_size: int = self._config.hidden_size
         self._lines = Lines()
         self._cache = self._new_cache()
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -1,0 +1,97 @@
+"""EAGLE (Li et al., 2024, 2025): one decoder layer drafts from what the target felt, not only from what it said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from specdec.drafters.eagle_engine import EagleEngine
+from specdec.drafters.eagle_format import load_eagle
+from specdec.drafters.growth import Children, Growing, Shape, choose_children, grow
+from specdec.drafters.ranking import DraftVocab
+from specdec.drafters.shipped import engine_of, find
+from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
+from specdec.noise import Noise
+from specdec.sampling import SamplingParams
+from specdec.tree import TokenTree
+
+
+@dataclass(slots=True)
+class EagleDrafter:
+    """Grows trees with an EAGLE head: one small pass for each level of all trees.
+
+    A row's first step has no draft, because the target has not processed its prompt yet.
+
+    Args:
+        engine: the head beside its target.
+        shape: which nodes get children (see Shape).
+        children: how they are chosen; drawn ones are handed on with distributions over the target's vocabulary.
+        draw_offset: keeps the random numbers of several drawing drafters apart (see HybridDrafter).
+    """
+
+    engine: EagleEngine
+    shape: Shape
+    children: Children = Children.CERTAIN
+    draw_offset: int = 0
+    name: str = "eagle"
+    _begun: set[Row] = field(default_factory=set, init=False)
+    _vocab: DraftVocab = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._vocab = DraftVocab(self.engine.cell.target_ids(), self.engine.target.vocab_size)
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether its nodes are drawn: then all of them must be verified."""
+        return self.children not in (Children.CERTAIN, Children.COUPLED)
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        self.engine.open(rows)
+        self._begun.update(rows)
+
+    def propose(
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+    ) -> list[TokenTree]:
+        trees = []
+        for row, limit in zip(rows, limits, strict=True):
+            here = noise.at(row.key, len(row.tokens))
+            trees.append(Growing(row, limit, self.shape, self.children, params, here, self.draw_offset, self._vocab))
+            if not self.engine.is_ready(row):
+                trees[-1].frontier = []
+        grow(self.engine, trees)
+        return [tree.proposal() for tree in trees]
+
+    def observe(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
+    ) -> None:
+        self.engine.commit(rows)
+        for row, tree, verdict, score in zip(rows, trees, verdicts, scores, strict=True):
+            self.engine.read(row, score, len(tree), verdict.nodes)
+
+    def end(self, rows: Sequence[Row]) -> None:
+        begun = [row for row in rows if row in self._begun]
+        self._begun.difference_update(begun)
+        self.engine.close(begun)
+
+
+def build(context: DraftContext) -> Drafter:
+    """Options: path (default: the shipped head), shape (best-first, chain, 3x2x1), children, num_tokens, top_k."""
+    return _build(context, **context.options)
+
+
+def _build(
+    context: DraftContext,
+    path: Any = None,
+    shape: Any = "best-first",
+    children: str | None = None,
+    num_tokens: int = 5,
+    top_k: int = 4,
+    min_confidence: float = 0.0,
+) -> Drafter:
+    target = engine_of(context.target, "eagle")
+    place = find("eagle", "smollm2-135m-eagle3", target, path)
+    form = Shape.parse(str(shape), top_k, num_tokens, min_confidence)
+    chosen = choose_children(children, context.verifier.is_coupled, form)
+    cell = load_eagle(place, target.hidden_size, target.vocab_size)
+    return EagleDrafter(EagleEngine(cell, target), form, chosen)

@@ -1,0 +1,85 @@
+"""Where trained drafters come from: a path, or the heads that are shipped for the default target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec.drafters.checkpoint_io import CONFIG, read_json
+from specdec.errors import UnsupportedModelError
+from specdec.target import CausalLM
+
+SHIPPED = Path(__file__).parent / "pretrained"
+_NUM_ROWS = 16  # embeddings that a fingerprint looks at
+_TOLERANCE = 0.02  # their norms, relative: the same weights in another precision are far below it
+
+
+def engine_of(target: object, drafter: str) -> CausalLM:
+    """``target`` if it can show hidden states.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
+    if not isinstance(target, CausalLM):
+        raise UnsupportedModelError(f"drafter {drafter!r} reads hidden states, which {type(target).__name__} has not")
+    return target
+
+
+def target_facts(model: Any) -> dict[str, Any]:
+    """What a head's config says of the transformers model it was trained for: sizes, and a fingerprint.
+
+    The fingerprint is the norms of a few embeddings, which survive a change of precision.
+    """
+    config = model.config.get_text_config()
+    weight = model.get_input_embeddings().weight
+    rows = torch.linspace(0, len(weight) - 1, _NUM_ROWS).long()
+    norms = weight.detach()[rows.to(weight.device)].float().norm(dim=-1)
+    return {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "fingerprint": [float(f"{norm:.5g}") for norm in norms.tolist()],
+    }
+
+
+def find(drafter: str, shipped: str, target: CausalLM, path: object) -> Path:
+    """The checkpoint at ``path``, or without one the folder ``shipped``, if it was made for ``target``.
+
+    Raises:
+        UnsupportedModelError: no path was given, and the shipped head is not there or belongs to another model.
+    """
+    if path is not None:
+        return Path(str(path)).expanduser()
+    folder = SHIPPED / shipped
+    if not folder.is_dir():
+        raise UnsupportedModelError(
+            f"no head for drafter {drafter!r} is shipped with this installation; {_advice(drafter)}"
+        )
+    config = read_json(folder / CONFIG)
+    fault = mismatch(config.get("specdec_target") or {}, target_facts(target.model))
+    if fault:
+        raise UnsupportedModelError(
+            f"the shipped head {shipped} was trained for another model ({fault}); {_advice(drafter)}"
+        )
+    return folder
+
+
+def _advice(drafter: str) -> str:
+    return (
+        f"train one for your model with specdec train {drafter} --target MODEL, and use it as "
+        f"{drafter}:path=DIR, or choose a drafter without training such as 'ngram'"
+    )
+
+
+def mismatch(trained: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """How the target that a head was ``trained`` for differs from the one ``given``; empty if it does not."""
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if trained.get(key) != given[key]:
+            return f"{key} {trained.get(key)}, this model's is {given[key]}"
+    pairs = zip(trained.get("fingerprint", ()), given["fingerprint"], strict=False)
+    if any(abs(a - b) > _TOLERANCE * max(abs(a), abs(b)) for a, b in pairs) or not trained.get("fingerprint"):
+        return "same sizes, other weights"
+    return ""
