@@ -108,7 +108,8 @@ def tree_attention_mask(trace: Trace, ax: Axes | None = None, method: str | None
 @in_theme
 def specinfer_vs_medusa(trace: Trace, ax: Axes | None = None) -> Axes:
     """Trees of a draft model (SpecInfer's) against trees of extra heads (Medusa's), on the same prompts."""
-    found = {label.method: label.name for label in trace.labels if label.name in trace.drafting}
+    drafting = trace.drafting
+    found = {label.method: label.name for label in trace.labels if label.name in drafting}
     missing = [method for method in ("model", "medusa") if method not in found]
     if missing:
         raise MissingDataError(
