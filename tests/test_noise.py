@@ -16,7 +16,7 @@ from enumeration import Loop, sample_many
 from torch import Tensor
 from toy import CERTAIN, INDEPENDENT, WITHOUT_REPLACEMENT, Kind, Tokens, ToyDrafter, full
 
-from specdec.noise import PhiloxNoise, PhiloxRowNoise, Stream, philox
+from specdec.noise import PhiloxNoise, PhiloxRowNoise, Stream, _philox_torch, philox
 from specdec.verifiers.rejection import RejectionVerifier
 
 ONES = 0xFFFFFFFF
@@ -243,3 +243,21 @@ def test_a_seed_out_of_range_is_refused(seed: int) -> None:
 def test_keys_that_would_collide_are_refused(depth: int, index: int) -> None:
     with pytest.raises(ValueError, match="depth must be below 4096"):
         PhiloxNoise(0).at(0, 0).coin(0.5, depth, index)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 + 12345])
+def test_the_generator_on_a_cpu_and_that_of_other_devices_make_the_same_words(seed: int) -> None:
+    counter = torch.tensor([0, 1, 5, 12_345, 2**32 - 1, 77])
+    words = (2**32 - 1, 3, 2**31)
+    assert torch.equal(philox(counter, *words, seed), _philox_torch(counter, *words, seed))
+
+
+def test_a_draw_from_every_token_is_that_from_a_list_of_them() -> None:
+    """The whole vocabulary takes a shorter way than a support with gaps."""
+    probs = torch.rand(500, generator=torch.Generator().manual_seed(0)).double()
+    gapped = torch.cat([probs, torch.zeros(1, dtype=probs.dtype)])
+    for position in range(50):
+        noise = PhiloxRowNoise(3, 1, position)
+        assert noise.draw(probs, 0) == noise.draw(gapped, 0)
+        some = torch.tensor([499, 3, 250])
+        assert torch.equal(noise.gumbel(some, 0), noise.gumbel(torch.arange(500), 0)[some])
