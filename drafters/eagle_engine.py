@@ -61,8 +61,7 @@ class EagleEngine:
 
     def read(self, row: Row, scores: Scores, num_nodes: int, path: Sequence[int]) -> None:
         """Take the true features of what the target has processed: pending tokens, then ``path`` of a tree."""
-        seen = self.target.features(scores, self.layers) if self.layers else scores.hidden
-        assert seen is not None
+        seen = self.target.features(scores, self.layers) if self.layers else self.target.hidden(scores)
         num_pending = seen.shape[0] - num_nodes
         kept = [*range(num_pending), *(num_pending + node for node in path)]
         index = torch.tensor(kept, device=seen.device)

@@ -126,8 +126,8 @@ class MedusaDrafter:
         self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
     ) -> None:
         for row, tree, verdict, score in zip(rows, trees, verdicts, scores, strict=True):
-            assert score.hidden is not None
-            self._hidden[row] = score.hidden[len(score.hidden) - len(tree) + verdict.nodes[-1]].clone()
+            hidden = self.target.hidden(score)
+            self._hidden[row] = hidden[len(hidden) - len(tree) + verdict.nodes[-1]].clone()
 
     def end(self, rows: Sequence[Row]) -> None:
         for row in rows:

@@ -62,7 +62,7 @@ class Capture:
         """``layers`` of what was captured (..., F), in that order, one perhaps twice."""
         if features is None or not set(layers) <= set(self.layers):
             raise ValueError(
-                f"features of layers {tuple(layers)} were not asked for before the pass: {self.layers} were"
+                f"features of layers {tuple(layers)} were not asked for; a drafter must be built with the engine that runs"
             )
         if tuple(layers) == self.layers:
             return features

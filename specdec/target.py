@@ -78,8 +78,24 @@ class CausalLM:
         self._capture = self._capture.including(hidden, layers)
 
     def features(self, scores: Scores, layers: Sequence[int]) -> Tensor:
-        """(p + n, F) the requested ``layers`` of ``scores`` side by side, whatever others have requested."""
+        """(p + n, F) the requested ``layers`` of ``scores`` side by side, whatever others have requested.
+
+        Raises:
+            ValueError: they were not asked for, or another engine made ``scores``.
+        """
         return self._capture.pick(scores.features, layers)
+
+    def hidden(self, scores: Scores) -> Tensor:
+        """(p + n, H) the requested input of the output matrix.
+
+        Raises:
+            ValueError: it was not asked for, or another engine made ``scores``.
+        """
+        if scores.hidden is None:
+            raise ValueError(
+                "the last hidden states were not asked for; a drafter must be built with the engine that runs"
+            )
+        return scores.hidden
 
     @property
     def chain_only(self) -> bool:

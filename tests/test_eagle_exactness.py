@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,17 @@ from specdec.drafters import make_drafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle_engine import EagleEngine
 from specdec.drafters.eagle_format import save_eagle
-from specdec.drafters.growth import Children, Shape
+from specdec.drafters.growth import Children, Growing, Shape
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.medusa_heads import save_medusa
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import DraftContext, Drafter, Row
-from specdec.noise import Noise
+from specdec.noise import Noise, PhiloxNoise
 from specdec.policy import ParamsPolicy
-from specdec.sampling import SamplingParams
+from specdec.sampling import GREEDY, SamplingParams
 from specdec.target import CausalLM
-from specdec.tree import TokenTree
+from specdec.tree import Draw, TokenTree
 from specdec.verifiers import make_verifier
 
 PROMPT = (0, 1)
@@ -101,12 +101,12 @@ def test_the_joint_distribution_of_several_tokens_is_the_targets(pair: str) -> N
 
 def test_the_enumeration_sees_probabilities_that_were_not_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """A drafter that draws from one distribution and declares another."""
-    stack = torch.stack
+    remember = Growing._remember
 
-    def flattened(tensors: Sequence[Tensor], *args: Any) -> Tensor:
-        return stack([t.sqrt() / t.sqrt().sum() for t in tensors], *args)
+    def flattened(self: Growing, probs: Tensor, draw: Draw) -> None:
+        remember(self, probs.sqrt() / probs.sqrt().sum(), draw)
 
-    monkeypatch.setattr("specdec.drafters.growth.torch.stack", flattened)
+    monkeypatch.setattr(Growing, "_remember", flattened)
     assert error(*PAIRS["chain rejection"]) > 1e-3
 
 
@@ -206,6 +206,17 @@ def test_parts_of_a_hybrid_get_the_layers_that_they_asked_for(model: LlamaForCau
 def test_eagle_1_heads_use_the_targets_output_matrix(model: LlamaForCausalLM) -> None:
     target = CausalLM(model)
     drafter = EagleDrafter(EagleEngine(random_feature_cell(model, 2), target), Shape((), 3, 3))
-    expected = model.generate(**batch(), max_new_tokens=16, do_sample=False)
-    found = specdec.generate(model, **batch(), drafter=drafter, max_new_tokens=16, do_sample=False)
-    assert torch.equal(found, expected)
+    rows = [Row(0, [5, 9, 12, 7], 20)]
+    rule, policy = make_verifier("match"), ParamsPolicy(GREEDY)
+    for _ in Decoder(target, drafter, rule, policy, PhiloxNoise(0), lambda row: row.tokens[-1] == 2).run(rows):
+        pass
+    expected = model.generate(torch.tensor([[5, 9, 12, 7]]), max_new_tokens=16, do_sample=False)
+    assert rows[0].tokens == expected[0].tolist()
+
+
+@pytest.mark.parametrize("make", [medusa, eagle(PAIR, Children.CERTAIN)], ids=["medusa", "eagle"])
+def test_a_drafter_of_another_engine_is_told_apart(make: Callable[[CausalLM], Drafter]) -> None:
+    """An engine captures for the drafters that were built with it; without states the heads would read nothing."""
+    model = tiny_target(3, layers=3, size=8)
+    with pytest.raises(ValueError, match="asked for"):
+        specdec.generate(model, torch.tensor([[1, 2]]), drafter=make(CausalLM(model)), max_new_tokens=4)

@@ -1,0 +1,146 @@
+"""The Medusa drafter: which state it reads, which tokens each place gets, and the trees that it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from trained import random_medusa, tiny_target
+from transformers import LlamaForCausalLM
+
+from specdec.accelerate import is_accelerated, pack, packing_fault
+from specdec.budget import FixedBudget
+from specdec.decode import Decoder
+from specdec.drafters.growth import Children
+from specdec.drafters.medusa import MedusaDrafter
+from specdec.drafters.shipped import mismatch, target_facts
+from specdec.interfaces import Limit, Row
+from specdec.noise import Noise, PhiloxNoise
+from specdec.policy import ParamsPolicy
+from specdec.sampling import GREEDY, SamplingParams
+from specdec.target import CausalLM
+from specdec.tree import TokenTree
+from specdec.verifiers import make_verifier
+
+VOCAB = 11
+PROMPTS = [[5, 9, 3, 7, 1], [8, 9], [4]]
+DRAFT_VOCAB = [0, 1, 3, 4, 7, 8, 9]
+
+
+class Recording(MedusaDrafter):
+    """Keeps what it proposed for which tokens."""
+
+    def propose(
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+    ) -> list[TokenTree]:
+        trees = super().propose(rows, limits, params, noise)
+        self.seen += [(list(row.tokens), tree) for row, tree in zip(rows, trees, strict=True)]
+        return trees
+
+
+def recorded(shares: bool, vocab: list[int] | None) -> tuple[LlamaForCausalLM, Recording, int]:
+    model = tiny_target(VOCAB, dtype=torch.float64)
+    target = CausalLM(model)
+    drafter = Recording(random_medusa(model, vocab, shares), target)
+    drafter.seen = []
+    rows = [Row(key, list(prompt), len(prompt) + 12 + key) for key, prompt in enumerate(PROMPTS)]
+    policy, budget = ParamsPolicy(SamplingParams()), FixedBudget(12)
+    decoder = Decoder(target, drafter, make_verifier("match"), policy, PhiloxNoise(2), lambda row: False, budget)
+    return model, drafter, sum(emission.step.num_accepted for emission in decoder.run(rows, 2))
+
+
+@torch.no_grad()
+def head_probs(model: LlamaForCausalLM, drafter: MedusaDrafter, tokens: Sequence[int]) -> Tensor:
+    """(heads, V) from scratch: the heads at the newest token that the target has processed, all but the last."""
+    state = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states[-1][0, -1]
+    full = torch.zeros(drafter.heads.num_heads, VOCAB, dtype=torch.float64)
+    full[:, drafter.heads.target_ids()] = drafter.heads(state, model.lm_head.weight).softmax(-1)
+    return full
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("vocab", [None, DRAFT_VOCAB], ids=["full", "reduced"])
+def test_trees_hold_the_best_paths_of_the_heads_at_the_newest_verified_token(
+    shares: bool, vocab: list[int] | None
+) -> None:
+    """Guards the wrong state after an accept, in a batch, or behind a prompt; and ids of the draft vocabulary."""
+    model, drafter, num_accepted = recorded(shares, vocab)
+    assert num_accepted > 5
+    num_drafted = 0
+    for tokens, tree in drafter.seen:
+        if tokens in PROMPTS:
+            assert len(tree) == 1, "nothing is known before the prompt is processed"
+            continue
+        num_drafted += len(tree) > 1
+        probs, depths = head_probs(model, drafter, tokens), tree.depths()
+        joint = {(): 1.0}
+        for path in (tuple(tree.path_tokens(node)) for node in range(1, len(tree))):
+            joint[path] = joint[path[:-1]] * float(probs[len(path) - 1, path[-1]])
+        paths = [tuple(tree.path_tokens(node)) for node in range(len(tree))]
+        torch.testing.assert_close(list(tree.estimates), [joint[path] for path in paths], atol=1e-6, rtol=1e-4)
+        if len(tree) == 13:
+            worst = min(tree.estimates)
+            others = [float(probs[0, token]) for token in range(VOCAB) if (token,) not in joint]
+            assert max(others) <= worst + 1e-6
+        assert max(depths, default=0) <= 3
+    assert num_drafted > 10
+
+
+def test_static_trees_follow_the_measured_accuracies_and_the_limit() -> None:
+    model = tiny_target(VOCAB)
+    heads = random_medusa(model)
+    heads.accuracies = ((0.5, 0.3, 0.1), (0.4, 0.1, 0.05), (0.3, 0.1, 0.1))
+    drafter = MedusaDrafter(heads, CausalLM(model), "static")
+    row = Row(0, [3, 4], 30)
+    drafter._hidden[row] = torch.randn(32)
+    for limit, parents in {
+        Limit(9, 3): (-1, 0, 0, 1),  # .5, .3, .5 * .4
+        Limit(1, 3): (-1, 0, 0, 0),
+        Limit(9, 3, chain_only=True): (-1, 0, 1, 2),
+        Limit(0, 0): (-1,),
+    }.items():
+        assert drafter.propose([row], [limit], GREEDY, PhiloxNoise(0))[0].parents == parents
+    heads.accuracies, heads.choices = (), ((0,), (1,), (0, 0), (0, 1))
+    (tree,) = drafter.propose([row], [Limit(9, 16)], GREEDY, PhiloxNoise(0))
+    assert tree.parents == (-1, 0, 0, 1, 1)
+
+
+def test_coupled_candidates_follow_the_verifiers_noise() -> None:
+    """At a high temperature the best tokens are those that the noise prefers, so they change from position to position."""
+    model = tiny_target(VOCAB)
+    target = CausalLM(model)
+    hidden = torch.randn(32)
+    firsts: dict[Children, set[int]] = {}
+    for children in (Children.CERTAIN, Children.COUPLED):
+        drafter = MedusaDrafter(random_medusa(model), target, children=children)
+        rows = [Row(key, [3, 4], 30) for key in range(20)]
+        drafter._hidden.update((row, hidden) for row in rows)
+        trees = drafter.propose(rows, [Limit(1, 1)] * 20, SamplingParams(temperature=50.0), PhiloxNoise(0))
+        firsts[children] = {tree.tokens[1] for tree in trees}
+    assert len(firsts[Children.CERTAIN]) == 1
+    assert len(firsts[Children.COUPLED]) > 3
+
+
+@pytest.mark.skipif(bool(packing_fault(torch.float32)), reason=packing_fault(torch.float32))
+@pytest.mark.parametrize("vocab", [None, list(range(0, 200, 2))], ids=["full", "reduced"])
+def test_heads_of_an_accelerated_target_are_packed_and_say_the_same(vocab: list[int] | None) -> None:
+    model = tiny_target(200, size=128)
+    plain = MedusaDrafter(random_medusa(model, vocab), CausalLM(model))
+    hidden = torch.randn(3, 128)
+    expected = plain._logits(hidden)
+    pack(model)
+    packed = MedusaDrafter(random_medusa(model, vocab), CausalLM(model))
+    assert is_accelerated(packed.heads)
+    torch.testing.assert_close(packed._logits(hidden), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_head_knows_its_target_in_any_precision_and_from_its_sisters() -> None:
+    facts = target_facts(tiny_target())
+    assert mismatch(facts, target_facts(tiny_target(dtype=torch.bfloat16))) == ""
+    other = tiny_target()
+    torch.nn.init.normal_(other.model.embed_tokens.weight)
+    assert mismatch(facts, target_facts(other)) == "same sizes, other weights"
+    assert "num_hidden_layers 5, this model's is 4" in mismatch(facts, target_facts(tiny_target(layers=4)))
+    assert mismatch({}, facts)
