@@ -76,7 +76,7 @@ class EagleDrafter:
 
 
 def build(context: DraftContext) -> Drafter:
-    """Options: path (default: the shipped head), shape (best-first, chain, 3x2x1), children, num_tokens, top_k."""
+    """Options: path (default: the shipped head), shape (best-first, chain, 3x2x1, FILE.json), children, num_tokens, top_k, nodes."""
     return _build(context, **context.options)
 
 
@@ -87,11 +87,12 @@ def _build(
     children: str | None = None,
     num_tokens: int = 5,
     top_k: int = 4,
+    nodes: int = 16,
     min_confidence: float = 0.0,
 ) -> Drafter:
     target = engine_of(context.target, "eagle")
     place = find("eagle", "smollm2-135m-eagle3", target, path)
-    form = Shape.parse(str(shape), top_k, num_tokens, min_confidence)
+    form = Shape.parse(str(shape), top_k, num_tokens, min_confidence, nodes)
     chosen = choose_children(children, context.verifier.is_coupled, form)
     cell = load_eagle(place, target.hidden_size, target.vocab_size)
     return EagleDrafter(EagleEngine(cell, target), form, chosen)

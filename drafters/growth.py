@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from specdec.drafters.ranking import DraftVocab, ranking
+from specdec.drafters.shapes import Path as RankPath
+from specdec.drafters.shapes import StaticShape, read_shape
 from specdec.interfaces import Limit, Row, Scores
 from specdec.noise import RowNoise, Stream
 from specdec.sampling import SamplingParams, sampling_probs
@@ -35,15 +38,17 @@ class Children(StrEnum):
 class Shape:
     """Which nodes get how many children.
 
-    Static: ``widths[i]`` children for every node of level i (SpecInfer's expansion). Best-first (``widths`` empty):
-    ``top_k`` children for the ``top_k`` most probable nodes of each of ``depth`` levels, of which the most probable
-    are proposed (EAGLE-2). A chain is the static shape of ones.
+    Static: ``widths[i]`` children for every node of level i (SpecInfer's expansion), or as many as ``static`` has
+    below the node's ranks (Sequoia, Medusa). Best-first (neither): ``top_k`` children for the ``top_k`` most probable
+    nodes of each of ``depth`` levels, of which the most probable are proposed (EAGLE-2). A chain is the static shape
+    of ones.
     """
 
     widths: tuple[int, ...] = ()
     top_k: int = 4
     depth: int = 5
     min_confidence: float = 0.0  # a node whose path is less probable under the draft model gets no children
+    static: StaticShape | None = None
 
     def __post_init__(self) -> None:
         if any(width < 1 for width in self.widths) or self.top_k < 1 or self.depth < 1:
@@ -51,18 +56,34 @@ class Shape:
 
     @property
     def num_levels(self) -> int:
-        return len(self.widths) or self.depth
+        return self.static.depth if self.static else len(self.widths) or self.depth
 
-    def num_children(self, level: int) -> int:
-        return self.widths[level] if self.widths else self.top_k
+    @property
+    def is_best_first(self) -> bool:
+        return not self.widths and self.static is None
+
+    @property
+    def is_chain(self) -> bool:
+        return set(self.widths) == {1}
+
+    def num_children(self, path: RankPath) -> int:
+        """How many children the node at ``path`` gets: its rank among its siblings, and its ancestors' before it."""
+        if self.static is not None:
+            return self.static.num_children(path)
+        return self.widths[len(path)] if self.widths else self.top_k
 
     @classmethod
-    def parse(cls, text: str, top_k: int, depth: int, min_confidence: float) -> Shape:
-        """ "chain" (``depth`` long), "best-first", or static widths such as "3x2x1".
+    def parse(cls, text: str, top_k: int, depth: int, min_confidence: float, num_nodes: int = 16) -> Shape:
+        """ "chain" (``depth`` long), "best-first", widths such as "3x2x1", or a .json file.
+
+        The file holds ``choices``, rank paths as in Medusa's configs, or is one of ``specdec tune``: then the best
+        static shape of ``num_nodes`` nodes for what was measured.
 
         Raises:
-            ValueError: another form.
+            ValueError: another form, or a file that holds no shape.
         """
+        if text.endswith(".json"):
+            return cls((), top_k, depth, min_confidence, read_shape(text, num_nodes))
         if text == "chain":
             return cls((1,) * depth, top_k, depth, min_confidence)
         if text == "best-first":
@@ -70,7 +91,9 @@ class Shape:
         try:
             return cls(tuple(int(width) for width in text.split("x")), top_k, depth, min_confidence)
         except ValueError:
-            raise ValueError(f"shape must be chain, best-first or widths such as 3x2x1, got {text!r}") from None
+            raise ValueError(
+                f"shape must be chain, best-first widths such as 3x2x1, or a .json file, got {text!r}"
+            ) from None
 
 
 def choose_children(name: str | None, is_coupled: bool, shape: Shape) -> Children:
@@ -90,7 +113,7 @@ def choose_children(name: str | None, is_coupled: bool, shape: Shape) -> Childre
         return Children(name)
     if is_coupled:
         return Children.COUPLED
-    return Children.INDEPENDENT if set(shape.widths) == {1} else Children.WITHOUT_REPLACEMENT
+    return Children.INDEPENDENT if shape.is_chain else Children.WITHOUT_REPLACEMENT
 
 
 @dataclass(slots=True)
@@ -108,6 +131,7 @@ class Growing:
     tokens: list[int] = field(init=False)
     parents: list[int] = field(default_factory=lambda: [-1])
     confidence: list[float] = field(default_factory=lambda: [1.0])  # probability of the path under the draft model
+    paths: list[RankPath] = field(default_factory=lambda: [()])
     sources: list[int] = field(default_factory=lambda: [-1])
     draft_probs: list[Tensor] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
@@ -136,9 +160,13 @@ class Growing:
         if self.level >= min(self.shape.num_levels, self.limit.depth):
             grown = []
         # What has no chance of a place in the tree need not be scored either.
-        grown = [node for node in self._unrepeated(grown) if self.confidence[node] >= self.shape.min_confidence]
+        grown = [
+            node
+            for node in self._unrepeated(grown)
+            if self.confidence[node] >= self.shape.min_confidence and self._num_children(node) > 0
+        ]
         grown.sort(key=lambda node: -self.confidence[node])
-        if not self.shape.widths:
+        if self.shape.is_best_first:
             grown = grown[: self.shape.top_k]
         if not self._may_drop:
             # Drawn children are all proposed, so a node is expanded only while there is room for them.
@@ -161,25 +189,26 @@ class Growing:
                 fresh.append(node)
         return fresh
 
-    @property
-    def _num_children(self) -> int:
-        """How many children each node of this level gets."""
-        return 1 if self.limit.chain_only else self.shape.num_children(self.level)
+    def _num_children(self, node: int) -> int:
+        count = self.shape.num_children(self.paths[node])
+        return min(count, 1) if self.limit.chain_only else count
 
     def _pick_children(self, logits: Tensor) -> list[int]:
         noise = self.noise if self.children is Children.COUPLED else None
         probs = ranking(logits, self.params, noise, self.level, self.vocab)
-        best = probs.topk(min(self._num_children, probs.shape[-1]))
+        counts = [self._num_children(node) for node in self.frontier]
+        best = probs.topk(min(max(counts), probs.shape[-1]))
         tokens = best.indices if self.vocab is None else self.vocab.ids[best.indices]
         grown = []
-        for node, *children in zip(self.frontier, tokens.tolist(), best.values.tolist(), strict=True):
-            grown += [self._add(node, token, prob, -1) for token, prob in zip(*children, strict=True) if prob > 0]
+        for node, count, *children in zip(self.frontier, counts, tokens.tolist(), best.values.tolist(), strict=True):
+            pairs = islice(zip(*children, strict=True), count)
+            grown += [self._add(node, token, prob, -1, i) for i, (token, prob) in enumerate(pairs) if prob > 0]
         return grown
 
     def _draw_level(self, logits: Tensor) -> list[int]:
         grown = []
         for node, each in zip(self.frontier, logits, strict=True):
-            count = min(self._num_children, self.limit.nodes - (len(self.tokens) - 1))
+            count = min(self._num_children(node), self.limit.nodes - (len(self.tokens) - 1))
             if count > 0:
                 probs = sampling_probs(each, self.params)
                 probs = probs if self.vocab is None else self.vocab.spread(probs)
@@ -195,25 +224,26 @@ class Growing:
             rest[top] = 0
             certain = [(token, float(probs[token])) for token in top]
             if float(rest.sum()) <= 0:
-                return [self._add(node, token, prob, -1) for token, prob in certain]
+                return [self._add(node, token, prob, -1, i) for i, (token, prob) in enumerate(certain)]
             self._remember(rest / rest.sum(), Draw.INDEPENDENT)
             drawn = self.noise.draw(rest, depth, Stream.DRAFT, index)
-            first = self._add(node, drawn, float(probs[drawn]), source)
-            return [first, *(self._add(node, token, prob, -1) for token, prob in certain)]
+            first = self._add(node, drawn, float(probs[drawn]), source, 0)
+            return [first, *(self._add(node, token, prob, -1, i) for i, (token, prob) in enumerate(certain, 1))]
         if self.children is Children.WITHOUT_REPLACEMENT and count > 1:
             self._remember(probs, Draw.WITHOUT_REPLACEMENT)
             tokens = self.noise.race(probs, count, depth, index)
         else:
             self._remember(probs, Draw.INDEPENDENT)
             tokens = [self.noise.draw(probs, depth, Stream.DRAFT, index + i) for i in range(count)]
-        return [self._add(node, token, float(probs[token]), source) for token in tokens]
+        return [self._add(node, token, float(probs[token]), source, i) for i, token in enumerate(tokens)]
 
     def _remember(self, probs: Tensor, draw: Draw) -> None:
         self.draft_probs.append(probs)
         self.draws.append(draw)
 
-    def _add(self, parent: int, token: int, prob: float, source: int) -> int:
+    def _add(self, parent: int, token: int, prob: float, source: int, rank: int) -> int:
         self.tokens.append(token)
+        self.paths.append((*self.paths[parent], rank))
         self.parents.append(parent)
         self.confidence.append(self.confidence[parent] * prob)
         self.sources.append(source)

@@ -91,7 +91,7 @@ class ModelDrafter:
 
 
 def build(context: DraftContext) -> Drafter:
-    """Options: shape (chain, best-first, 3x2x1), children, num_tokens, top_k, min_confidence."""
+    """Options: shape (chain, best-first, 3x2x1, FILE.json), children, num_tokens, top_k, nodes, min_confidence."""
     return _build(context, **context.options)
 
 
@@ -101,6 +101,7 @@ def _build(
     children: str | None = None,
     num_tokens: int = 5,
     top_k: int = 4,
+    nodes: int = 16,
     min_confidence: float | None = None,
 ) -> Drafter:
     if not context.draft_models:
@@ -109,7 +110,7 @@ def _build(
         )
     if min_confidence is None:
         min_confidence = 0.3 if shape == "chain" else 0.0
-    form = Shape.parse(str(shape), top_k, num_tokens, min_confidence)
+    form = Shape.parse(str(shape), top_k, num_tokens, min_confidence, nodes)
     chosen = choose_children(children, context.verifier.is_coupled, form)
     parts = []
     for model in context.draft_models:

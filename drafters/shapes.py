@@ -8,6 +8,8 @@ failed, for each depth of the parent: ``table[depth][rank]``. A shape is a set o
 from __future__ import annotations
 
 import heapq
+import json
+import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -148,3 +150,24 @@ def sequoia(table: Table, num_nodes: int, max_depth: int | None = None) -> Stati
 
     collect((), num_nodes + 1)
     return StaticShape(tuple(sorted(paths, key=lambda p: (len(p), p))))
+
+
+def read_shape(file: str, num_nodes: int) -> StaticShape:
+    """The shape in a JSON file: its ``choices``, or Sequoia's best ``num_nodes`` nodes for the table of a tuned file.
+
+    Raises:
+        ValueError: the file cannot be read, or holds neither.
+    """
+    try:
+        content = json.loads(pathlib.Path(file).expanduser().read_text("utf-8"))
+        if "choices" in content:
+            paths = sorted((tuple(map(int, path)) for path in content["choices"]), key=lambda path: (len(path), path))
+            return StaticShape(tuple(paths))
+        table = next(entry["acceptance_table"] for entry in content["entries"] if entry["acceptance_table"])
+    except OSError as error:
+        raise ValueError(f"cannot read the shape in {file}: {error.strerror}") from None
+    except (KeyError, TypeError, json.JSONDecodeError, StopIteration):
+        raise ValueError(
+            f"{file} holds no tree shape: it needs choices ([[0], [1], [0, 0], ...]), or a table measured by specdec tune"
+        ) from None
+    return sequoia(table, num_nodes)

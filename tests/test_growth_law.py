@@ -30,6 +30,7 @@ from toy import (
 from specdec.drafters import growth, hybrid
 from specdec.drafters.growth import Children, Growing
 from specdec.drafters.merge import merge
+from specdec.drafters.shapes import StaticShape
 from specdec.interfaces import Limit, Row, Scores, Verdict
 from specdec.noise import Noise, RowNoise, Stream
 from specdec.sampling import SamplingParams
@@ -92,6 +93,7 @@ SHAPES = {
     "2x1": growth.Shape((2, 1)),
     "3x2": growth.Shape((3, 2)),
     "best-first": growth.Shape((), top_k=2, depth=2),
+    "static": growth.Shape(static=StaticShape(((0,), (1,), (1, 0)))),
 }
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
+import pathlib
 import random
 
 import pytest
+import torch
 
-from specdec.drafters.shapes import Path, StaticShape, Table, greedy_growth, path_probability, sequoia
+from specdec.drafters.growth import Children, Growing, Shape
+from specdec.drafters.shapes import Path, StaticShape, Table, greedy_growth, path_probability, read_shape, sequoia
+from specdec.interfaces import Limit, Row
+from specdec.noise import PhiloxNoise
+from specdec.sampling import SamplingParams
 
 # Sequoia's acceptance vector, published with four entries and dots.
 VECTOR = [0.634, 0.108, 0.057, 0.022]
@@ -129,3 +136,36 @@ def test_a_shape_with_a_missing_parent_or_elder_sibling_is_refused(paths):
 def test_what_is_no_table_is_refused(make, table, num_nodes, words):
     with pytest.raises(ValueError, match=words):
         make(table, num_nodes)
+
+
+def test_a_shape_is_read_from_choices_or_from_a_measured_table(tmp_path: pathlib.Path) -> None:
+    choices = tmp_path / "choices.json"
+    choices.write_text(json.dumps({"choices": [[0, 0], [0], [1]]}))
+    assert read_shape(str(choices), 16).paths == ((0,), (1,), (0, 0))
+    tuned = tmp_path / "tuned.json"
+    table = [[0.6, 0.2], [0.5, 0.1]]
+    tuned.write_text(json.dumps({"entries": [{"acceptance_table": []}, {"acceptance_table": table}]}))
+    assert read_shape(str(tuned), 5) == sequoia(table, 5)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "no json", '{"entries": []}', '{"choices": 3}'])
+def test_a_file_without_a_shape_is_refused_with_what_it_needs(tmp_path: pathlib.Path, content: str) -> None:
+    file = tmp_path / "shape.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="choices"):
+        read_shape(str(file), 8)
+
+
+def test_a_draft_model_follows_a_static_shape() -> None:
+    """Each node gets as many children as the shape has below its ranks; a shape is cut to chains where it must be."""
+    shape = Shape(static=StaticShape(((0,), (1,), (2,), (0, 0), (1, 0), (1, 1), (1, 1, 0))))
+    row, logits = Row(0, [1, 2], 20), torch.arange(6.0)
+    for limit, parents in (
+        (Limit(4, 16), (-1, 0, 0, 0, 1, 2, 2, 6)),
+        (Limit(2, 16), (-1, 0, 0, 0, 1, 2, 2)),
+        (Limit(4, 16, chain_only=True), (-1, 0, 1)),
+    ):
+        tree = Growing(row, limit, shape, Children.CERTAIN, SamplingParams(), PhiloxNoise(0).at(0, 2))
+        while tree.frontier:
+            tree.expand(logits.expand(len(tree.frontier), -1))
+        assert tree.proposal().parents == parents
