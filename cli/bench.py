@@ -81,7 +81,7 @@ def bench(
     asked = BenchConfig(
         target=target,
         drafters=tuple(drafter or ()),
-        drafter_model=drafter_model,
+        drafter_models=tuple(drafter_model or ()),
         verifier=verifier,
         prompts=prompts,
         limit=limit,

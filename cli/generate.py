@@ -79,7 +79,7 @@ def generate(
     params, noise = SamplingParams(temperature, top_k, top_p, min_p), PhiloxNoise(seed)
     parse_drafter(drafter)
     rule = make_verifier(verifier)
-    loaded = load(target, drafter_model, dtype, device, accelerate=accelerate)
+    loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate)
     options.warn_config(tuned, loaded.model)
     ids = _render(loaded.tokenizer, text, system, chat)
     check_prompt(loaded.engine, ids, max_new_tokens, "the prompt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ class Loaded:
     model: Any  # as transformers runs it
     engine: CausalLM  # as we run it: on a CPU with packed layers, unless that was declined
     tokenizer: Any
-    draft_models: tuple[Any, ...]  # none or one, as transformers runs them
+    draft_models: tuple[Any, ...]  # as transformers runs them
     own_draft_models: tuple[Any, ...]  # the same, as we run them
 
     @property
@@ -29,7 +30,13 @@ class Loaded:
 
 
 def load(
-    target: str, draft_model: str | None, dtype: str, device: str, *, accelerate: bool = True, compare: bool = False
+    target: str,
+    draft_models: Sequence[str],
+    dtype: str,
+    device: str,
+    *,
+    accelerate: bool = True,
+    compare: bool = False,
 ) -> Loaded:
     """Load what is named; a built-in model that is not here yet is fetched.
 
@@ -40,9 +47,9 @@ def load(
     """
     model = load_model(target, dtype=dtype, device=device, progress=_tell)
     tokenizer = load_tokenizer(target, progress=_tell)
-    if draft_model is not None:
-        _check_tokenizers(tokenizer, draft_model)
-    drafts = () if draft_model is None else (load_model(draft_model, dtype=dtype, device=device, progress=_tell),)
+    for name in draft_models:
+        _check_tokenizers(tokenizer, name)
+    drafts = tuple(load_model(name, dtype=dtype, device=device, progress=_tell) for name in draft_models)
 
     def ours(plain: Any) -> Any:
         return accelerated(plain, in_place=not compare) if accelerate else plain
@@ -101,6 +108,12 @@ def check_prompt(engine: CausalLM, ids: list[int], max_new_tokens: int, what: st
             f"{what} needs {len(ids)} tokens and {max_new_tokens} new ones, which is past the model's context of {limit}; "
             + (f"ask for at most {room} new tokens or shorten it" if room else "shorten it")
         )
+
+
+def all_model_facts(target: str, draft_models: Sequence[str]) -> dict[str, Any]:
+    """What provenance says of the models of a run."""
+    drafts = {"drafter" if i == 0 else f"drafter {i + 1}": model_facts(name) for i, name in enumerate(draft_models)}
+    return {"target": model_facts(target), **drafts}
 
 
 def model_facts(name: str) -> dict[str, Any]:

@@ -18,7 +18,12 @@ Target = Annotated[
     ),
 ]
 DrafterModel = Annotated[
-    str | None, typer.Option("--drafter-model", metavar="MODEL", help="The draft model, for drafters that run one.")
+    list[str] | None,
+    typer.Option(
+        "--drafter-model",
+        metavar="MODEL",
+        help="The draft model, for drafters that run one; given again, their trees are merged.",
+    ),
 ]
 Verifier = Annotated[str, typer.Option("--verifier", metavar="NAME", help="The verification rule; see specdec doctor.")]
 MaxNewTokens = Annotated[

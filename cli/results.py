@@ -28,7 +28,7 @@ class BenchConfig:
 
     target: str = DEFAULT_MODEL
     drafters: tuple[str, ...] = ()  # none named: the default one, or "model" where a draft model is given
-    drafter_model: str | None = None
+    drafter_models: tuple[str, ...] = ()
     verifier: str = DEFAULT_VERIFIER
     prompts: str = BUILTIN
     limit: int | None = None
@@ -63,7 +63,7 @@ class BenchConfig:
     @property
     def drafter_specs(self) -> list[str]:
         """The drafters to measure, each once; plain decoding is always measured and is no drafter."""
-        default = DEFAULT_DRAFTER if self.drafter_model is None else "model"
+        default = "model" if self.drafter_models else DEFAULT_DRAFTER
         return [spec for spec in dict.fromkeys(self.drafters or (default,)) if parse_drafter(spec)[0] != "none"]
 
 

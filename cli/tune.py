@@ -68,7 +68,7 @@ def tune(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     options.set_threads(threads)
-    from specdec.cli.loading import eos_ids, load, model_facts
+    from specdec.cli.loading import all_model_facts, eos_ids, load
     from specdec.drafters import parse_drafter
     from specdec.files import check_writable, write_json
     from specdec.provenance import collect
@@ -79,17 +79,15 @@ def tune(
 
     output = output.expanduser()
     check_writable(output, "--output")
-    specs = list(dict.fromkeys(drafter or (["ngram", "hybrid"] if drafter_model is None else ["model", "ngram"])))
+    specs = list(dict.fromkeys(drafter or (["model", "ngram"] if drafter_model else ["ngram", "hybrid"])))
     for spec in specs:
         parse_drafter(spec)
     specs = [each for spec in specs if spec != "none" for each in (MODEL_SHAPES if spec == "model" else (spec,))]
     rule, params = make_verifier(verifier), SamplingParams(temperature)
-    loaded = load(target, drafter_model, dtype, device, accelerate=accelerate)
+    loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate)
     ids = _prompt_ids(loaded, prompts, limit, max_new_tokens)
     setting = Setting(loaded.engine, rule, loaded.own_draft_models, params, eos_ids(loaded.model), max_new_tokens)
-    models = {"target": model_facts(target)}
-    if drafter_model is not None:
-        models["drafter"] = model_facts(drafter_model)
+    models = all_model_facts(target, drafter_model or ())
     found = {str(size): _tune(setting, specs, ids, size, max_nodes, seconds) for size in sizes}
     told = {"verifier": verifier, "prompts": prompts, "num_prompts": len(ids), "max_new_tokens": max_new_tokens}
     told |= {

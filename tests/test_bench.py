@@ -220,7 +220,7 @@ def test_a_bench_leaves_torchs_random_state_alone(bench):
 
 
 def test_a_draft_model_is_measured_by_transformers_too(bench, target):
-    results = bench(drafter_model=target, limit=2, max_new_tokens=8)
+    results = bench(drafter_models=(target,), limit=2, max_new_tokens=8)
     rows = rows_of(results)
     assert list(rows) == ["hf-generate", "hf-prompt-lookup", "hf-assisted", "plain", "model"]
     assert rows["model"]["mean_acceptance_length"] > 1, "the target drafts for itself"
@@ -231,7 +231,7 @@ def test_a_draft_model_is_measured_by_transformers_too(bench, target):
 def test_a_draft_model_with_another_vocabulary_is_refused(bench, tmp_path):
     other = tinychat.save(tmp_path, tinychat.make_model(vocab=VOCAB + 5))
     with pytest.raises(UnsupportedModelError, match="do not share a tokenizer"):
-        bench(drafter_model=other, drafters=("ngram",))
+        bench(drafter_models=(other,), drafters=("ngram",))
 
 
 def test_a_draft_model_whose_tokenizer_means_other_tokens_is_refused(bench, tmp_path):
@@ -243,7 +243,7 @@ def test_a_draft_model_whose_tokenizer_means_other_tokens_is_refused(bench, tmp_
     shuffled = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(inner)), eos_token="<eos>")
     other = tinychat.save(tmp_path, tokenizer=shuffled)
     with pytest.raises(UnsupportedModelError, match="do not share a vocabulary"):
-        bench(drafter_model=other, drafters=("model",))
+        bench(drafter_models=(other,), drafters=("model",))
 
 
 def test_drafters_with_other_options_are_told_apart(bench):
