@@ -155,7 +155,7 @@ def test_seconds_add_up(greedy):
 def test_later_turns_see_the_baselines_answers_in_every_method(greedy, target, prompts):
     """Each method answering its own answers would time different prompts."""
     results = greedy
-    tokenizer = load(target, None, "auto", "cpu").tokenizer
+    tokenizer = load(target, (), "auto", "cpu").tokenizer
     first, second = results.groups[0].turns
     (answer,) = first.outputs[results.methods[0]].tokens
     text = tokenizer.decode(answer, skip_special_tokens=True)
