@@ -40,6 +40,11 @@ def load_eagle(path: str | Path, hidden_size: int, vocab_size: int) -> EagleCell
 
 
 def _eagle3(tensors: dict[str, Tensor], config: EagleConfig, path: Path) -> EagleCell:
+    if config.hidden_size != config.target_hidden_size and not config.has_embedding:
+        raise CheckpointError(
+            f"{path} lacks embed_tokens.weight: a head of hidden size {config.hidden_size} cannot read its target's "
+            f"embeddings of size {config.target_hidden_size}"
+        )
     tensors = {_midlayer(key): value for key, value in tensors.items()}
     config = replace(config, attention_bias="midlayer.self_attn.q_proj.bias" in tensors)
     if config.draft_vocab_size == config.vocab_size and not {"d2t", "t2d"} & set(tensors):

@@ -86,11 +86,13 @@ class Reference:
         return out
 
     def step(self, token: int, state: Tensor) -> Tensor:
-        embed = self.model.model.embed_tokens.weight[token]
+        embed = (self.cell.embed_tokens or self.model.model.embed_tokens).weight[token]
         if isinstance(self.cell, EagleCell):
             layer = self.cell.midlayer
             x = torch.cat([rms(embed, layer.input_layernorm), rms(state, layer.hidden_norm)])
-            return self.finish(state, layer, self.attend(0, layer, x))
+            attended = self.attend(0, layer, x)
+            residual = rms(state, layer.hidden_norm) if self.cell.config.norm_before_residual else state
+            return self.finish(residual, layer, attended)
         h = self.cell.fc(torch.cat([embed, state]))
         for i, layer in enumerate(self.cell.layers):
             h = self.finish(h, layer, self.attend(i, layer, rms(h, layer.input_layernorm) if i else h))
@@ -176,6 +178,9 @@ BEST_FIRST = Shape((), top_k=3, depth=3)
 CELLS: dict[str, Callable[[LlamaForCausalLM], Any]] = {
     "eagle3": random_eagle,
     "eagle3 reduced vocabulary": lambda model: random_eagle(model, [0, 2, 3, 5, 8, 9, 10]),
+    "eagle3 norm before residual, own embedding": lambda model: random_eagle(
+        model, norm_before_residual=True, has_embedding=True
+    ),
     "eagle1": random_feature_cell,
     "eagle1 three layers, bias": lambda model: random_feature_cell(model, 3, fc_bias=True),
 }

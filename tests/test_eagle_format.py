@@ -146,6 +146,9 @@ FAULTS: dict[str, tuple[Callable[[Tensors], None], dict[str, Any], str]] = {
     "another target": (lambda _: None, {"vocab_size": V + 1}, "made for a target .* specdec train eagle"),
     "another architecture": (lambda _: None, {"architectures": ["DFlashDraftModel"]}, "DFlashDraftModel is not known"),
     "own layer ids": (lambda _: None, {"eagle_aux_hidden_state_layer_ids": [1, 3]}, "engines disagree by one"),
+    "a narrow head without an embedding": (
+        lambda _: None, {"hidden_size": H // 2, "target_hidden_size": H}, "lacks embed_tokens.weight",
+    ),
     "no size": (lambda _: None, {"hidden_size": "wide"}, "no size"),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from transformers import LlamaForCausalLM
 from specdec.accelerate import is_accelerated, pack, packing_fault
 from specdec.budget import FixedBudget
 from specdec.decode import Decoder
+from specdec.drafters import shipped
 from specdec.drafters.growth import Children
 from specdec.drafters.medusa import MedusaDrafter
+from specdec.drafters.medusa_heads import save_medusa
 from specdec.drafters.shipped import mismatch, target_facts
+from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Limit, Row
 from specdec.noise import Noise, PhiloxNoise
 from specdec.policy import ParamsPolicy
@@ -60,12 +64,8 @@ def head_probs(model: LlamaForCausalLM, drafter: MedusaDrafter, tokens: Sequence
     return full
 
 
-@pytest.mark.parametrize("shares", [True, False])
-@pytest.mark.parametrize("vocab", [None, DRAFT_VOCAB], ids=["full", "reduced"])
-def test_trees_hold_the_best_paths_of_the_heads_at_the_newest_verified_token(
-    shares: bool, vocab: list[int] | None
-) -> None:
-    """Guards the wrong state after an accept, in a batch, or behind a prompt; and ids of the draft vocabulary."""
+def check_trees(shares: bool, vocab: list[int] | None) -> None:
+    """Compare what was proposed in runs with accepts, several rows and a late one with the heads from scratch."""
     model, drafter, num_accepted = recorded(shares, vocab)
     assert num_accepted > 5
     num_drafted = 0
@@ -86,6 +86,23 @@ def test_trees_hold_the_best_paths_of_the_heads_at_the_newest_verified_token(
             assert max(others) <= worst + 1e-6
         assert max(depths, default=0) <= 3
     assert num_drafted > 10
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("vocab", [None, DRAFT_VOCAB], ids=["full", "reduced"])
+def test_trees_hold_the_best_paths_of_the_heads_at_the_newest_verified_token(
+    shares: bool, vocab: list[int] | None
+) -> None:
+    """Guards the wrong state after an accept, in a batch, or behind a prompt; and ids of the draft vocabulary."""
+    check_trees(shares, vocab)
+
+
+def test_the_comparison_sees_the_state_of_another_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the state were always the root's."""
+    hidden = CausalLM.hidden
+    monkeypatch.setattr(CausalLM, "hidden", lambda self, scores: hidden(self, scores).roll(1, 0))
+    with pytest.raises(AssertionError, match="not close"):
+        check_trees(True, None)
 
 
 def test_static_trees_follow_the_measured_accuracies_and_the_limit() -> None:
@@ -134,6 +151,18 @@ def test_heads_of_an_accelerated_target_are_packed_and_say_the_same(vocab: list[
     packed = MedusaDrafter(random_medusa(model, vocab), CausalLM(model))
     assert is_accelerated(packed.heads)
     torch.testing.assert_close(packed._logits(hidden), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_shipped_heads_are_found_for_their_target_and_for_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_target()
+    save_medusa(random_medusa(model), tmp_path / "name", target_facts(model))
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path)
+    assert shipped.find("medusa", "name", CausalLM(model), None) == tmp_path / "name"
+    assert shipped.find("medusa", "name", CausalLM(model), "elsewhere") == Path("elsewhere")
+    with pytest.raises(UnsupportedModelError, match=r"another model \(num_hidden_layers 5, .*specdec train medusa"):
+        shipped.find("medusa", "name", CausalLM(tiny_target(layers=4)), None)
 
 
 def test_a_head_knows_its_target_in_any_precision_and_from_its_sisters() -> None:

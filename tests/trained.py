@@ -40,9 +40,11 @@ def eagle_config(model: LlamaForCausalLM, draft_vocab: int | None = None, **chan
     return EagleConfig.for_target(model.config, draft_vocab or model.config.vocab_size, **changes)
 
 
-def random_eagle(model: LlamaForCausalLM, draft_vocab: list[int] | None = None, seed: int = 1) -> EagleCell:
+def random_eagle(
+    model: LlamaForCausalLM, draft_vocab: list[int] | None = None, seed: int = 1, **changes: object
+) -> EagleCell:
     ids = torch.tensor(draft_vocab) if draft_vocab else None
-    return randomized(EagleCell(eagle_config(model, draft_vocab and len(draft_vocab)), ids), seed)
+    return randomized(EagleCell(eagle_config(model, draft_vocab and len(draft_vocab), **changes), ids), seed)
 
 
 def random_feature_cell(model: LlamaForCausalLM, layers: int = 1, fc_bias: bool = False, seed: int = 1) -> FeatureCell:
