@@ -1,4 +1,4 @@
-"""EAGLE (Li et al., 2024, 2025): one decoder layer drafts from what the target felt, not only from what it said."""
+"""EAGLE (Li et al., 2024, 2025): a single decoder layer that reads the hidden states of the target drafts trees."""
 
 from __future__ import annotations
 
