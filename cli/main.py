@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from specdec import __version__
-from specdec.cli import bench, doctor, figures, generate, models, report, train, tune
+from specdec.cli import bench, doctor, export, figures, generate, models, report, train, tune
 from specdec.errors import SpecdecError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
 app.command("report", epilog=report.EXAMPLE)(report.report)
 app.command("figures", epilog=figures.EXAMPLE)(figures.figures)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("export", epilog=export.EXAMPLE)(export.export)
 app.add_typer(models.app, name="models")
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 

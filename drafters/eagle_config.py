@@ -15,6 +15,7 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 _KNOWN = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "EagleLlamaForCausalLM", "LlamaForCausalLM")
 # Engines count these one apart, and both mean hidden_states[2], [L // 2] and [L - 3]: the only features known here.
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+_SHARES_OUTPUT = "specdec_shares_output"  # our own: other engines need the matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class EagleConfig:
     attention_bias: bool = False
     fc_bias: bool = False
     has_embedding: bool = False  # an embedding of its own; otherwise the target's
+    shares_output: bool = False  # the target's output matrix at the draft vocabulary, not stored with the head
 
     @classmethod
     def for_target(cls, config: Any, draft_vocab_size: int, **changes: Any) -> EagleConfig:
@@ -95,6 +97,7 @@ class EagleConfig:
                 torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float32"),
                 bos_token_id=config.get("bos_token_id"),
                 eos_token_id=config.get("eos_token_id"),
+                shares_output=bool(config.get(_SHARES_OUTPUT, False)),
             )
         except KeyError as error:
             raise CheckpointError(f"the head's config.json lacks {error}") from None
@@ -125,6 +128,7 @@ class EagleConfig:
             "torch_dtype": self.torch_dtype,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
+            **({_SHARES_OUTPUT: True} if self.shares_output else {}),
         }
 
     def llama(self) -> LlamaConfig:

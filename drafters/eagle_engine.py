@@ -38,6 +38,8 @@ class EagleEngine:
         self, cell: EagleCell | FeatureCell, target: CausalLM, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.target = target
+        if isinstance(cell, EagleCell):
+            share_output(cell, target.model)
         self.cell = cell.to(target.device, target.model.dtype).eval()
         if is_accelerated(target.model):
             pack(self.cell)
@@ -155,6 +157,14 @@ class EagleEngine:
         after: Tensor = self.cell(embeds, torch.stack(list(padding)), plan.positions, attend)
         num_nodes = [len(part.tree) - part.num_scored if part.tree else 0 for part in parts]
         return [row[num_columns - count :] for row, count in zip(after, num_nodes, strict=True)]
+
+
+@torch.no_grad()
+def share_output(cell: EagleCell, model: Any) -> None:
+    """Give a head that was stored without an output matrix that of its target."""
+    if cell.config.shares_output:
+        matrix = model.get_output_embeddings().weight
+        cell.lm_head.weight.copy_(matrix[cell.target_ids().to(matrix.device)])
 
 
 def feature_layers(num_layers: int) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from specdec.drafters.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.eagle_config import EagleConfig
 from specdec.errors import CheckpointError
 
+_OUTPUT = "lm_head.weight"
 _DERIVED = "rotary_emb.inv_freq"  # older checkpoints hold what the config says already
 
 
@@ -47,15 +48,18 @@ def _eagle3(tensors: dict[str, Tensor], config: EagleConfig, path: Path) -> Eagl
         )
     tensors = {_midlayer(key): value for key, value in tensors.items()}
     config = replace(config, attention_bias="midlayer.self_attn.q_proj.bias" in tensors)
+    shares_output = config.shares_output and _OUTPUT not in tensors
     if config.draft_vocab_size == config.vocab_size and not {"d2t", "t2d"} & set(tensors):
         tensors["d2t"] = torch.zeros(config.vocab_size, dtype=torch.long)
         tensors["t2d"] = torch.ones(config.vocab_size, dtype=torch.bool)
     with torch.device("meta"):
         expected = EagleCell(config).state_dict()
+    if shares_output:
+        expected.pop(_OUTPUT)
     check_tensors(tensors, {key: tuple(value.shape) for key, value in expected.items()}, path)
     _check_mapping(tensors["d2t"], tensors["t2d"], config, path)
-    cell = EagleCell(config)
-    cell.load_state_dict(tensors)
+    cell = EagleCell(replace(config, shares_output=shares_output))
+    cell.load_state_dict(tensors, strict=not shares_output)  # the keys are checked
     return cell
 
 
@@ -89,8 +93,17 @@ def _eagle1(tensors: dict[str, Tensor], config: EagleConfig, path: Path) -> Feat
     return cell
 
 
-def save_eagle(cell: EagleCell, path: str | Path, base: Mapping[str, Any] | None = None) -> None:
-    """Write a folder in the EAGLE-3 layout, each file whole or not at all; ``base`` are facts about the target."""
+def save_eagle(
+    cell: EagleCell, path: str | Path, base: Mapping[str, Any] | None = None, shares_output: bool = False
+) -> None:
+    """Write a folder in the EAGLE-3 layout, each file whole or not at all; ``base`` are facts about the target.
+
+    With ``shares_output`` the output matrix, then the target's own, is left out: two thirds of a small head. Other
+    engines need it, so this is for heads that stay with specdec.
+    """
     dtype = str(cell.fc.weight.dtype).removeprefix("torch.")
-    config = replace(cell.config, torch_dtype=dtype).to_dict() | ({"specdec_target": dict(base)} if base else {})
-    save_tensors(cell.state_dict(), config, Path(path))
+    config = replace(cell.config, torch_dtype=dtype, shares_output=shares_output).to_dict()
+    if base:
+        config["specdec_target"] = dict(base)
+    tensors = {key: value for key, value in cell.state_dict().items() if not (shares_output and key == _OUTPUT)}
+    save_tensors(tensors, config, Path(path))

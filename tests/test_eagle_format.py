@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from specdec.drafters.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.eagle_config import EagleConfig
+from specdec.drafters.eagle_engine import share_output
 from specdec.drafters.eagle_format import load_eagle, save_eagle
 from specdec.errors import CheckpointError
 
@@ -121,6 +123,37 @@ def test_what_was_saved_loads_bit_equal_and_has_the_documented_config(tmp_path: 
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000.0
     assert config["torch_dtype"] == "bfloat16"
     assert not any("layer_ids" in key for key in config)
+
+
+def test_a_head_that_shares_the_targets_output_is_stored_without_it_and_gets_it_back(tmp_path: Path) -> None:
+    cell = EagleCell(EagleConfig.from_dict(CONFIG), IDS)
+    save_eagle(cell, tmp_path, shares_output=True)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = load_eagle(tmp_path, H, V)
+    assert isinstance(loaded, EagleCell)
+    output = torch.nn.Linear(H, V, bias=False)
+    share_output(loaded, SimpleNamespace(get_output_embeddings=lambda: output))
+    assert torch.equal(loaded.lm_head.weight, output.weight[IDS])
+    assert all(
+        torch.equal(value, cell.state_dict()[key])
+        for key, value in loaded.state_dict().items()
+        if key != "lm_head.weight"
+    )
+    # What is exported is whole, and is no longer replaced.
+    save_eagle(loaded, tmp_path / "exported")
+    whole = load_eagle(tmp_path / "exported", H, V)
+    assert isinstance(whole, EagleCell)
+    share_output(whole, SimpleNamespace(get_output_embeddings=lambda: torch.nn.Linear(H, V)))
+    assert torch.equal(whole.lm_head.weight, output.weight[IDS])
+
+
+def test_a_missing_output_matrix_is_an_error_where_none_is_shared(tmp_path: Path) -> None:
+    save_eagle(EagleCell(EagleConfig.from_dict(CONFIG), IDS), tmp_path, shares_output=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["specdec_shares_output"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        load_eagle(tmp_path, H, V)
 
 
 def without(key: str) -> Callable[[Tensors], None]:

@@ -1,0 +1,35 @@
+"""What a drafter accepts on a few prompts, greedy and one by one: for commands that have just made a drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from specdec.budget import FixedBudget
+from specdec.cli.loading import eos_ids
+from specdec.decode import Decoder
+from specdec.drafters import make_drafter
+from specdec.interfaces import DraftContext, Row
+from specdec.metrics import Stats
+from specdec.noise import PhiloxNoise
+from specdec.policy import ParamsPolicy
+from specdec.sampling import GREEDY
+from specdec.target import CausalLM
+from specdec.verifiers import make_verifier
+
+_NUM_TOKENS = 64
+
+
+def measure_acceptance(
+    model: Any, spec: str, questions: Sequence[Sequence[int]], max_nodes: int, draft_models: Sequence[Any] = ()
+) -> Stats:
+    """Counts of drafter ``spec`` for ``model`` on the token ids of ``questions``, with trees of ``max_nodes`` nodes."""
+    engine, rule, ends = CausalLM(model), make_verifier("match"), eos_ids(model)
+    drafter = make_drafter(spec, DraftContext(engine, rule, tuple(draft_models)))
+    policy, noise, budget = ParamsPolicy(GREEDY), PhiloxNoise(0), FixedBudget(max_nodes)
+    decoder = Decoder(engine, drafter, rule, policy, noise, lambda row: row.tokens[-1] in ends, budget)
+    stats = Stats()
+    rows = (Row(i, list(ids), len(ids) + _NUM_TOKENS) for i, ids in enumerate(questions))
+    for emission in decoder.run(rows, max_rows=1):
+        stats.add(emission.step)
+    return stats
