@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
-import time
-from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from specdec.cli import options
-from specdec.models import DEFAULT_MODEL, cache_dir, known_models, load_model, load_tokenizer
-
-if TYPE_CHECKING:
-    from specdec.drafters.training.data import Conversation
-    from specdec.drafters.training.features import FeatureStore
+from specdec.cli.train_data import SELF, Source, tell
+from specdec.models import DEFAULT_MODEL, known_models, load_model, load_tokenizer
 
 EXAMPLE = "Example: specdec train eagle --conversations 2000 --minutes 30 --output my-eagle"
-SELF = "self"
 _NUM_JUDGES = 24  # held-out questions that the finished drafter is judged on
-_SHOW_EVERY_S = 10.0
+_PATIENCE = timedelta(days=7)  # of the processes that wait while the first one makes the data
 
 
 class Kind(StrEnum):
@@ -76,115 +68,34 @@ def train(
     yours), its hidden states are computed once, and the drafter is trained on them. Ends with the mean acceptance
     length on held-out questions.
     """
-    from specdec.drafters.training.job import Job, Recipe
+    from accelerate import PartialState
+
+    from specdec.drafters.training.job import Job, Recipe, usage
     from specdec.drafters.training.loop import TrainSettings
 
     options.set_threads(threads)
-    rate = learning_rate or (3e-4 if kind is Kind.DRAFT else 1e-3)
+    rate = (3e-4 if kind is Kind.DRAFT else 1e-3) if learning_rate is None else learning_rate
     settings = TrainSettings(epochs, minutes, rate, precision=precision, seed=seed)
     recipe = Recipe(kind.value, settings, batch_tokens, draft_vocab, heads, head_layers, own_output, steps, layers)
+    source = Source(target, data, conversations, max_answer_tokens, batch_size, seed, work)
     folder = output.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    source = Source(target, data, conversations, max_answer_tokens, batch_size, seed, work)
-    model, tokenizer = load_plain(target, dtype, device)
-    store, texts = source.prepare(model, tokenizer)
-    if kind is Kind.DRAFT:
-        tokenizer.save_pretrained(folder)
+    processes = PartialState(cpu=device == "cpu", timeout=_PATIENCE)  # one, unless accelerate launch started more
+    with processes.main_process_first():
+        model, tokenizer = load_plain(target, dtype, device)
+        store, texts = source.prepare(model, tokenizer, needs_layers=kind is Kind.EAGLE)
     job = Job(model, store, recipe, folder, tell)
     facts = job.run()
+    if not processes.is_main_process:
+        return
+    if kind is Kind.DRAFT:
+        tokenizer.save_pretrained(folder)
     length = acceptance(kind, folder, model, [list(text.tokens[: text.num_prompt]) for text in texts[-_NUM_JUDGES:]])
     tell(f"mean acceptance length on {_NUM_JUDGES} held-out questions, greedy: {length:.2f}")
     job.save_card(
         target, licence(target), {**facts, "mean_acceptance_length": round(length, 3), "conversations": len(texts)}
     )
     print(f"{folder}: use it with {usage(kind, folder)}")
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the training text comes from."""
-
-    target: str
-    data: str
-    count: int
-    max_answer_tokens: int
-    batch_size: int
-    seed: int
-    work: Path | None
-
-    def prepare(self, model: Any, tokenizer: Any) -> tuple[FeatureStore, list[Conversation]]:
-        """Make what is missing of the text and its features."""
-        from specdec.drafters.eagle_engine import feature_layers
-        from specdec.drafters.training.features import SHARD, FeatureStore
-
-        if self.count < 2 * SHARD:
-            raise ValueError(f"training needs at least {2 * SHARD} conversations, got {self.count}")
-        texts = self._write(model, tokenizer)
-        layers = feature_layers(model.config.get_text_config().num_hidden_layers)
-        store = FeatureStore(self._folder / "features", layers)
-        progress, done = Progress("features"), 0
-        for size in store.build(model, texts):
-            done += size
-            progress.show(done, sum(len(text.tokens) for text in texts))
-        return store, texts
-
-    @property
-    def _folder(self) -> Path:
-        if self.work is not None:
-            return self.work.expanduser()
-        source = SELF if self.data == SELF else Path(self.data).stem
-        return cache_dir() / "training" / f"{Path(self.target).name}-{source}-{self.seed}"
-
-    def _write(self, model: Any, tokenizer: Any) -> list[Conversation]:
-        from specdec.accelerate import accelerated
-        from specdec.cli.loading import eos_ids
-        from specdec.drafters.training.data import OPENERS, Chat, DataFolder, DataSettings, Generator
-        from specdec.target import CausalLM
-        from specdec.verifiers import make_verifier
-
-        questions, source = self._questions(tokenizer)
-        count = self.count if questions is None else min(self.count, len(questions))
-        settings = DataSettings(self.target, count, source, self.seed, max_answer_tokens=self.max_answer_tokens)
-        folder = DataFolder(self._folder, settings)
-        folder.open()
-        known = len(folder.read())
-        if known < count:
-            openers = [json.loads(line) for line in OPENERS.read_text("utf-8").splitlines()]
-            engine = CausalLM(accelerated(model))
-            chat, rule = Chat.of(tokenizer), make_verifier("match")
-            generator = Generator(engine, rule, eos_ids(model), chat, settings, openers, questions, self.batch_size)
-            progress, done = Progress("conversations"), 0
-            for number, text in enumerate(generator.run(folder), start=known + 1):
-                done += text.num_answer
-                progress.show(number, count, f"{done} answer tokens")
-        return folder.read()
-
-    def _questions(self, tokenizer: Any) -> tuple[list[list[int]] | None, str]:
-        """Token ids of the user's questions, and what tells their file from others."""
-        if self.data == SELF:
-            return None, SELF
-        from specdec.prompts import load_prompts
-
-        prompts = load_prompts(self.data)
-        digest = hashlib.sha256("\0".join(prompt.turns[0] for prompt in prompts).encode()).hexdigest()
-        return [list(tokenizer(p.turns[0], add_special_tokens=False)["input_ids"]) for p in prompts], digest
-
-
-@dataclass(slots=True)
-class Progress:
-    """A line on the error stream every few seconds."""
-
-    what: str
-    started: float = field(default_factory=time.monotonic)
-    shown: float = 0.0
-
-    def show(self, done: int, total: int, more: str = "") -> None:
-        now = time.monotonic()
-        if now - self.shown < _SHOW_EVERY_S and done < total:
-            return
-        self.shown = now
-        rate = done / max(now - self.started, 1e-9)
-        tell(f"{self.what}: {done} of {total}{', ' + more if more else ''} ({rate:.1f} a second)")
 
 
 def load_plain(target: str, dtype: str, device: str) -> tuple[Any, Any]:
@@ -223,13 +134,3 @@ def acceptance(kind: Kind, folder: Path, model: Any, questions: list[list[int]])
 def licence(target: str) -> str:
     """A built-in target's licence; of others it is not known."""
     return next((known.licence.lower() for known in known_models() if known.name == target), "other")
-
-
-def usage(kind: Kind, folder: Path) -> str:
-    if kind is Kind.DRAFT:
-        return f"--drafter model --drafter-model {folder}"
-    return f"--drafter {kind}:path={folder}"
-
-
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.training.features import FeatureStore, Text
-from specdec.drafters.training.loop import Batch, Batches
+from specdec.drafters.training.outcome import Batch, Batches
 
 MIN_LENGTH = 8  # shorter texts teach nothing
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from specdec.decode import Decoder
 from specdec.drafters.none import NoDrafter
@@ -87,14 +87,20 @@ class Chat:
         before, found, behind = text.partition(_MARK)
         if not found or not behind:
             raise ValueError("the chat template does not show the user's text as it is; give a file of prompts")
+        opening, closing = (tuple(_encoded(tokenizer, part)) for part in (before, behind))
+        return cls(opening, closing, lambda text: _encoded(tokenizer, text))
 
-        def encode(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        return cls(tuple(encode(before)), tuple(encode(behind)), encode)
+    @classmethod
+    def plain(cls, tokenizer: Any) -> Chat:
+        """For given prompts that are continued as they stand: nothing around them but what begins every text."""
+        return cls(tuple(tokenizer("")["input_ids"]), (), lambda text: _encoded(tokenizer, text))
 
     def prompt(self, question: Sequence[int]) -> list[int]:
         return [*self.opening, *question, *self.closing]
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @dataclass(slots=True)
@@ -124,22 +130,36 @@ class DataFolder:
         write_json(file, facts)
 
     def read(self) -> list[Conversation]:
-        """What is there so far, in the order in which it ended; a last line that was cut short is removed."""
+        """All that is there so far, in the order in which it ended; a last line that was cut short is left out.
+
+        More may be there than ``count``. What was read once stays the beginning of what is read later.
+        """
         file = self.path / _LINES
-        if not file.exists():
-            return []
-        data = file.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            write_text(file, whole.decode("utf-8"))
         found = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(_whole_lines(file).splitlines() if file.exists() else (), start=1):
             try:
                 item = json.loads(line)
                 found[item["index"]] = Conversation(item["index"], tuple(item["tokens"]), item["num_prompt"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number} is not a conversation ({error}); delete the line") from None
-        return [conversation for index, conversation in found.items() if index < self.settings.count]
+        return list(found.values())
+
+    def missing(self) -> list[int]:
+        """Numbers below ``count`` of the conversations that are still to be made."""
+        done = {conversation.index for conversation in self.read()}
+        return [index for index in range(self.settings.count) if index not in done]
+
+    def append(self) -> IO[str]:
+        """The file of conversations, open for more behind its last whole line. One process may do so at a time."""
+        file = self.path / _LINES
+        if file.exists() and len(whole := _whole_lines(file)) < file.stat().st_size:
+            write_text(file, whole.decode("utf-8"))
+        return file.open("a", encoding="utf-8")
+
+
+def _whole_lines(file: Path) -> bytes:
+    data = file.read_bytes()
+    return data[: data.rfind(b"\n") + 1]
 
 
 @dataclass(slots=True)
@@ -189,13 +209,11 @@ class Generator:
 
     def run(self, folder: DataFolder) -> Iterator[Conversation]:
         """Make what is missing in ``folder``, and yield each conversation once it is on disk."""
-        done = {conversation.index for conversation in folder.read()}
-        todo = (index for index in range(self.settings.count) if index not in done)
-        queue = _Queue(self._start(index) for index in todo)
+        queue = _Queue(map(self._start, folder.missing()))
         decoder = Decoder(
             self.target, NoDrafter(), self.verifier, self._policy, PhiloxNoise(self.settings.seed), self._stops
         )
-        with (folder.path / _LINES).open("a", encoding="utf-8") as file:
+        with folder.append() as file:
             for emission in decoder.run(queue, self.batch_size):
                 if not emission.step.finished:
                     continue

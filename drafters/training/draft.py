@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.capture import decoder_layers
-from specdec.drafters.training.loop import Batch, Outcome
+from specdec.drafters.training.outcome import Batch, Outcome
 
 
 def pruned(model: Any, num_layers: int) -> Any:
@@ -33,8 +33,9 @@ def pruned(model: Any, num_layers: int) -> Any:
                 setattr(module, "layer_idx", i)  # noqa: B010 (modules have no such attribute in general)
     config = small.config.get_text_config()
     config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, list) and len(value) == total:  # such as layer_types
+            setattr(config, name, [value[i] for i in kept])
     return small
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from specdec.capture import decoder_layers
 from specdec.drafters.eagle_cell import EagleCell
-from specdec.drafters.training.loop import Batch, Outcome
+from specdec.drafters.training.outcome import Batch, Outcome
 from specdec.drafters.training.targets import SoftTargets
 
 DECAY = 0.8

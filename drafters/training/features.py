@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.capture import Capture
+from specdec.drafters.shipped import mismatch, target_facts
 from specdec.drafters.training.data import Conversation
 from specdec.files import write_file, write_json
 
@@ -55,7 +56,7 @@ class FeatureStore:
     def build(self, model: Any, conversations: Sequence[Conversation], batch_tokens: int = 2048) -> Iterator[int]:
         """Make the shards that are missing; yields the number of tokens of each, made or found.
 
-        A shard that is there is kept as it is, so ``conversations`` may grow between runs but not change.
+        A shard of the same conversations is kept as it is, so that ``conversations`` may grow between runs.
 
         Raises:
             ValueError: the folder was made for other layers or another model.
@@ -65,7 +66,7 @@ class FeatureStore:
         for number, first in enumerate(range(0, len(conversations) - SHARD + 1, SHARD)):
             file = self._shard(number)
             part = [list(c.tokens[: self.max_length]) for c in conversations[first : first + SHARD]]
-            if not file.exists():
+            if not (file.exists() and self._tokens(number) == [token for text in part for token in text]):
                 tensors = self._compute(model, part, batch_tokens)
                 write_file(file, partial(save_file, tensors))
             yield sum(map(len, part))
@@ -94,6 +95,11 @@ class FeatureStore:
             for i in range(len(sizes))
         ]
 
+    def _tokens(self, number: int) -> list[int]:
+        with safe_open(self._shard(number), "pt") as file:
+            tokens: list[int] = file.get_tensor("tokens").tolist()
+        return tokens
+
     def sizes(self, number: int) -> list[int]:
         """The lengths of one shard's conversations."""
         with safe_open(self._shard(number), "pt") as file:
@@ -104,18 +110,17 @@ class FeatureStore:
         return self.path / f"{number:05}.safetensors"
 
     def _check(self, model: Any) -> None:
-        config = model.config.get_text_config()
-        facts = {
-            "layers": list(self.layers),
-            "max_length": self.max_length,
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "num_hidden_layers": config.num_hidden_layers,
-        }
+        facts = {"layers": list(self.layers), "max_length": self.max_length, **target_facts(model)}
         file = self.path / _FACTS
-        if file.exists() and (known := json.loads(file.read_text("utf-8"))) != facts:
-            raise ValueError(f"{self.path} holds features of another kind ({known}, not {facts}); name another folder")
-        write_json(file, facts)
+        if not file.exists():
+            write_json(file, facts)
+            return
+        known = facts | json.loads(file.read_text("utf-8"))  # older folders have no fingerprint
+        wrong = [
+            f"{key} {known[key]}, not {facts[key]}" for key in ("layers", "max_length") if known[key] != facts[key]
+        ]
+        if fault := "; ".join(wrong) or mismatch(known, facts):
+            raise ValueError(f"{self.path} holds other features ({fault}); name another folder, or delete this one")
 
     @torch.no_grad()
     def _compute(self, model: Any, texts: Sequence[list[int]], batch_tokens: int) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ class Job:
                     head[-1].weight.copy_(matrix)  # type: ignore[index]
         facts = self._fit(MedusaTraining(heads, None if recipe.own_output else matrix), split)
         heads.accuracies = tuple(map(tuple, facts["table"]))
-        save_medusa(heads.to(torch.bfloat16), self.folder, target_facts(self.model))
+        self._save(lambda: save_medusa(heads.to(torch.bfloat16), self.folder, target_facts(self.model)))
         return facts
 
     def _eagle(self, split: Split, ids: Tensor) -> Facts:
@@ -112,16 +112,23 @@ class Job:
                 "the target's last layer does not fit the cell: attention or its feed-forward part starts at random"
             )
         cell.lm_head.weight.requires_grad_(self.recipe.own_output)
-        embedding = self.model.get_input_embeddings().weight.detach().float()
-        facts = self._fit(EagleTraining(cell, embedding, self.recipe.steps), split)
-        save_eagle(cell.to(torch.bfloat16), self.folder, target_facts(self.model))
+        facts = self._fit(EagleTraining(cell, embedding_table(self.model), self.recipe.steps), split)
+        # The target's own output matrix need not be stored again.
+        shares = not self.recipe.own_output
+        self._save(lambda: save_eagle(cell.to(torch.bfloat16), self.folder, target_facts(self.model), shares))
         return facts
 
     def _draft(self, split: Split) -> Facts:
         small = pruned(self.model, self.recipe.layers).float()
         facts = self._fit(DraftTraining(small), split)
-        small.to(self.model.dtype).save_pretrained(self.folder)
+        self._save(lambda: small.to(self.model.dtype).save_pretrained(self.folder))
         return facts
+
+    def _save(self, write: Callable[[], object]) -> None:
+        from accelerate import PartialState
+
+        if PartialState().is_main_process:
+            write()
 
     def _output_rows(self, ids: Tensor) -> Tensor:
         matrix: Tensor = self.model.get_output_embeddings().weight.detach()
@@ -133,6 +140,19 @@ class Job:
         recipe = asdict(self.recipe)
         write_json(self.folder / "training.json", {"target": target, "recipe": recipe, "facts": facts})
         write_text(self.folder / "README.md", model_card(target, licence, self.recipe, facts))
+
+
+def usage(kind: str, folder: object) -> str:
+    """The options of the command line that use what was trained."""
+    return f"--drafter model --drafter-model {folder}" if kind == "draft" else f"--drafter {kind}:path={folder}"
+
+
+@torch.no_grad()
+def embedding_table(model: Any) -> Tensor:
+    """(V, H) what the model's embedding layer gives for each id: some scale their weights."""
+    layer = model.get_input_embeddings()
+    table: Tensor = layer(torch.arange(len(layer.weight), device=layer.weight.device))
+    return table.float()
 
 
 def model_card(target: str, licence: str, recipe: Recipe, facts: Mapping[str, Any]) -> str:
@@ -153,9 +173,8 @@ tags: [speculative-decoding]
 ---
 # {names[recipe.kind]} for {target}
 
-Trained with `specdec train {recipe.kind}`; use it with `specdec generate --drafter {recipe.kind}:path=THIS_FOLDER`
-({"--drafter model --drafter-model THIS_FOLDER" if recipe.kind == "draft" else "or name it in a hybrid"}). Output stays
-exactly the target's: a drafter only changes how fast it comes.
+Trained with `specdec train {recipe.kind}`; use it with `specdec generate {usage(recipe.kind, "THIS_FOLDER")}`. Output
+stays exactly the target's: a drafter only changes how fast it comes.
 
 - Data: {facts["conversations"]} conversations ({facts["num_train_tokens"]} training tokens), written and answered by the
   target itself. No data set was used.

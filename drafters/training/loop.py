@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.drafters.training.outcome import Batch, Batches, Meter, Outcome
 from specdec.files import write_file
 
-RANKS = (1, 4, 8)  # reported: the target's best token is among so many best of the draft's
-NUM_RANKS = 16
 _STATE = "state.pt"
 _LOG = "log.jsonl"
 
-Batch = dict[str, Tensor]
 Say = Callable[[str], None]
 
 
@@ -56,62 +57,6 @@ class TrainSettings:
             raise ValueError(f"precision must be no, bf16 or fp16, got {self.precision!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a module says of one batch."""
-
-    loss: Tensor  # ()
-    ranks: tuple[Tensor, ...]  # of each place (head, or step ahead): the target's best token's rank, 0 for the best
-
-
-class Batches:
-    """Where batches come from; the same epoch always gives the same ones in the same order."""
-
-    def __init__(self, num_batches: int, epoch: Callable[[int], Iterator[Batch]]) -> None:
-        self.num_batches, self.epoch = num_batches, epoch
-
-    def start_at(self, epoch: int, index: int) -> Iterator[Batch]:
-        batches = self.epoch(epoch)
-        for _ in range(index):
-            next(batches, None)
-        return batches
-
-
-@dataclass(slots=True)
-class Meter:
-    """Sums since the last report."""
-
-    loss: float = 0.0
-    num_batches: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-    histogram: Tensor | None = None  # (P, NUM_RANKS + 1) how often each rank was the target's best; last: none of them
-
-    def add(self, outcome: Outcome, num_tokens: int) -> None:
-        self.loss += float(outcome.loss.detach())
-        self.num_batches += 1
-        self.num_tokens += num_tokens
-        counts = [rank.clamp(max=NUM_RANKS).bincount(minlength=NUM_RANKS + 1) for rank in outcome.ranks]
-        histogram = torch.stack(counts).cpu()
-        self.histogram = histogram if self.histogram is None else self.histogram + histogram
-
-    def table(self) -> list[list[float]]:
-        """(P, NUM_RANKS): how often the draft's r-th best token is the target's best."""
-        assert self.histogram is not None
-        shares = self.histogram / self.histogram.sum(-1, keepdim=True).clamp(min=1)
-        return [[round(share, 5) for share in row] for row in shares[:, :NUM_RANKS].tolist()]
-
-    def facts(self) -> dict[str, Any]:
-        table = torch.tensor(self.table())
-        rates = [table[:, :rank].sum(-1).tolist() for rank in RANKS]
-        facts: dict[str, Any] = {"loss": round(self.loss / max(self.num_batches, 1), 4)}
-        for rank, values in zip(RANKS, rates, strict=True):
-            facts[f"top{rank}"] = [round(value, 4) for value in values]
-        # Of a chain whose places were independent; the true one is measured with the real tree at the end.
-        facts["chain_length"] = round(1 + sum(math.prod(rates[0][: i + 1]) for i in range(len(rates[0]))), 3)
-        return facts
-
-
 @dataclass(slots=True)
 class Place:
     """Where a run stands."""
@@ -120,6 +65,22 @@ class Place:
     epoch: int = 0
     index: int = 0  # batches done of this epoch
     elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What accelerate made of a run's parts."""
+
+    accelerator: Any
+    module: nn.Module
+    optimizer: Any
+    parameters: Sequence[Tensor]
+
+    def agreed(self, value: float) -> float:
+        """The mean over all processes: they must take the same turns."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean"))
 
 
 @dataclass(slots=True)
@@ -146,12 +107,14 @@ class Trainer:
         """Train to the end and return the held-out facts, with the whole table of ranks; Ctrl-C saves the state first.
 
         Raises:
-            ValueError: the state in the folder belongs to another module or other settings.
-            FloatingPointError: the loss is no longer finite.
+            ValueError: the state in the folder belongs to another module or other settings, or there are no batches.
+            FloatingPointError: the loss or its gradient is no longer finite; the last state saved is from before.
         """
         from accelerate import Accelerator
         from accelerate.utils import set_seed
 
+        if not self.train.num_batches or not self.held_out.num_batches:
+            raise ValueError("there is nothing to train on or nothing held out: every conversation there is too short")
         set_seed(self.settings.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         accelerator = Accelerator(mixed_precision=self.settings.precision, cpu=self.settings.device == "cpu")
@@ -161,14 +124,18 @@ class Trainer:
         )
         self._resume(optimizer)
         module, optimizer = accelerator.prepare(self.module, optimizer)
+        fit = _Prepared(accelerator, module, optimizer, parameters)
         try:
-            self._loop(accelerator, module, optimizer, parameters)
-        finally:
-            if accelerator.is_main_process:
-                self._save(optimizer)
-        meter = self._evaluate(accelerator, module)
+            self._loop(fit)
+        except FloatingPointError:
+            raise
+        except BaseException:
+            self._save(fit)
+            raise
+        self._save(fit)
+        meter = self._evaluate(fit)
         facts = {**self._where(), **meter.facts()}
-        self._log(accelerator, {"kind": "final", **facts})
+        self._log(fit, {"kind": "final", **facts})
         return {**facts, "table": meter.table()}
 
     @property
@@ -178,44 +145,52 @@ class Trainer:
             return self.place.elapsed_s / (60 * self.settings.minutes)
         return self.place.step / max(1.0, self.settings.epochs * self.train.num_batches)
 
-    def _loop(self, accelerator: Any, module: nn.Module, optimizer: Any, parameters: Sequence[Tensor]) -> None:
+    def _loop(self, fit: _Prepared) -> None:
         meter, saved, evaluated = Meter(), self.place.elapsed_s, self.place.elapsed_s
         while self.progress < 1:
             for batch in self.train.start_at(self.place.epoch, self.place.index):
-                started = time.perf_counter()
-                mine = _share(batch, accelerator.num_processes, accelerator.process_index)
-                for group in optimizer.param_groups:
-                    group["lr"] = self._learning_rate()
-                outcome = module({key: tensor.to(accelerator.device) for key, tensor in mine.items()})
-                accelerator.backward(outcome.loss)
-                accelerator.clip_grad_norm_(parameters, self.settings.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                if not math.isfinite(loss := float(outcome.loss.detach())):
-                    raise FloatingPointError(
-                        f"the loss at step {self.place.step} is {loss}; resume with a lower learning rate"
-                    )
-                seconds = time.perf_counter() - started
-                meter.add(outcome, batch["tokens"].numel())
-                meter.seconds += seconds
-                self.place.step += 1
-                self.place.index += 1
-                self.place.elapsed_s += seconds
+                self._step(fit, batch, meter)
                 if meter.seconds >= self.settings.report_every_s:
                     facts = {"tokens_per_s": round(meter.num_tokens / meter.seconds), **meter.facts()}
-                    self._log(accelerator, {"kind": "train", **self._where(), **facts})
+                    self._log(fit, {"kind": "train", **self._where(), **facts})
                     meter = Meter()
                 if self.place.elapsed_s - saved >= self.settings.save_every_s:
                     saved = self.place.elapsed_s
-                    if accelerator.is_main_process:
-                        self._save(optimizer)
+                    self._save(fit)
                 if self.place.elapsed_s - evaluated >= self.settings.evaluate_every_s:
                     evaluated = self.place.elapsed_s
-                    held_out = self._evaluate(accelerator, module).facts()
-                    self._log(accelerator, {"kind": "held_out", **self._where(), **held_out})
+                    self._log(fit, {"kind": "held_out", **self._where(), **self._evaluate(fit).facts()})
                 if self.progress >= 1:
                     return
-            self.place.epoch, self.place.index = self.place.epoch + 1, 0
+            self.place = replace(self.place, epoch=self.place.epoch + 1, index=0)
+
+    def _step(self, fit: _Prepared, batch: Batch, meter: Meter) -> None:
+        """Learn from one batch. Whatever stops it, weights and ``place`` agree afterwards."""
+        started = time.perf_counter()
+        mine = _share(batch, fit.accelerator.num_processes, fit.accelerator.process_index)
+        for group in fit.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        fit.optimizer.zero_grad()
+        outcome: Outcome = fit.module({key: tensor.to(fit.accelerator.device) for key, tensor in mine.items()})
+        self._check_finite("loss", fit.agreed(float(outcome.loss.detach())))
+        fit.accelerator.backward(outcome.loss)
+        norm = float(fit.accelerator.clip_grad_norm_(fit.parameters, self.settings.clip))
+        if self.settings.precision != "fp16":  # there, steps whose gradient overflows are left out
+            self._check_finite("gradient's norm", norm)
+        with _uninterrupted():
+            fit.optimizer.step()
+            seconds = fit.agreed(time.perf_counter() - started)
+            self.place.step += 1
+            self.place.index += 1
+            self.place.elapsed_s += seconds
+        meter.add(outcome, batch["tokens"].numel())
+        meter.seconds += seconds
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} at step {self.place.step} is {value}; resume with a lower learning rate"
+            )
 
     def _where(self) -> dict[str, Any]:
         return {**asdict(self.place), "progress": round(self.progress, 4)}
@@ -229,17 +204,17 @@ class Trainer:
         return self.settings.learning_rate * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
 
     @torch.no_grad()
-    def _evaluate(self, accelerator: Any, module: nn.Module) -> Meter:
+    def _evaluate(self, fit: _Prepared) -> Meter:
         meter = Meter()
-        module.eval()
+        fit.module.eval()
         for batch in self.held_out.epoch(0):
-            on_device = {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
-            meter.add(module(on_device), batch["tokens"].numel())
-        module.train()
+            on_device = {key: tensor.to(fit.accelerator.device) for key, tensor in batch.items()}
+            meter.add(fit.module(on_device), batch["tokens"].numel())
+        fit.module.train()
         return meter
 
-    def _log(self, accelerator: Any, facts: dict[str, Any]) -> None:
-        if not accelerator.is_main_process:
+    def _log(self, fit: _Prepared, facts: dict[str, Any]) -> None:
+        if not fit.accelerator.is_main_process:
             return
         with (self.folder / _LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(facts) + "\n")
@@ -250,10 +225,12 @@ class Trainer:
             f"loss {facts['loss']:.3f}, top-1 {rates}{speed}"
         )
 
-    def _save(self, optimizer: Any) -> None:
+    def _save(self, fit: _Prepared) -> None:
+        if not fit.accelerator.is_main_process:
+            return
         state = {
             "weights": {name: p.detach().cpu() for name, p in self.module.named_parameters() if p.requires_grad},
-            "optimizer": optimizer.state_dict(),
+            "optimizer": fit.optimizer.state_dict(),
             "place": asdict(self.place),
             "seed": self.settings.seed,
         }
@@ -289,3 +266,19 @@ def _share(batch: Batch, num_processes: int, index: int) -> Batch:
     if rows < num_processes:
         return batch
     return {key: tensor[index::num_processes] for key, tensor in batch.items()}
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets Ctrl-C wait until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C comes to the main thread
+        yield
+        return
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if waiting:
+        signal.raise_signal(signal.SIGINT)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters.medusa_heads import MedusaHeads
-from specdec.drafters.training.loop import Batch, Outcome
+from specdec.drafters.training.outcome import Batch, Outcome
 from specdec.drafters.training.targets import SoftTargets
 
 DECAY = 0.8
@@ -41,9 +41,10 @@ class MedusaTraining(nn.Module):
         states = self.heads.states(hidden)
         for i in range(self.heads.num_heads):
             ahead = i + 1  # the distribution behind the token that stands so far on
-            valid = positions[: length - ahead] + ahead < batch["lengths"][:, None]
+            num_places = max(length - ahead, 0)
+            valid = positions[:num_places] + ahead < batch["lengths"][:, None]
             top_ids, top_logprobs = (batch[key][:, ahead:][valid] for key in ("top_ids", "top_logprobs"))
-            head_states = states[i, :, : length - ahead][valid]
+            head_states = states[i, :, :num_places][valid]
             head_loss, rank = self.targets(head_states, self._matrix(i), top_ids, top_logprobs)
             loss = loss + DECAY**i * head_loss
             ranks.append(rank)

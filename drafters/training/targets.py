@@ -58,7 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             loss = states.new_zeros((), dtype=torch.float32)
             ranks = places.new_zeros(len(states))
-            grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+            grad_states = torch.empty_like(states) if any(ctx.needs_input_grad) else None
             grad_matrix = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             for first in range(0, len(states), _CHUNK):
                 rows = slice(first, first + _CHUNK)

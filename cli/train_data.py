@@ -1,0 +1,134 @@
+"""Text and features for ``specdec train``: made by the target where they are missing, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specdec.models import cache_dir
+
+if TYPE_CHECKING:
+    from specdec.drafters.training.data import Chat, Conversation, DataFolder
+    from specdec.drafters.training.features import FeatureStore
+
+SELF = "self"  # instead of a file: the target writes the questions
+_SHOW_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the training text comes from.
+
+    Raises:
+        ValueError: too few conversations, or a file of questions that cannot be read.
+    """
+
+    target: str
+    data: str  # a file of questions, or SELF
+    count: int
+    max_answer_tokens: int
+    batch_size: int
+    seed: int
+    work: Path | None
+    _texts: tuple[str, ...] = field(init=False)  # of a file's questions
+
+    def __post_init__(self) -> None:
+        from specdec.drafters.training.features import SHARD
+        from specdec.prompts import load_prompts
+
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        texts = () if self.data == SELF else tuple(prompt.turns[0] for prompt in load_prompts(self.data))
+        object.__setattr__(self, "_texts", texts)
+        if self._count < 2 * SHARD:
+            where = "" if self.data == SELF else f" (--data {self.data} holds {len(texts)})"
+            raise ValueError(f"training needs at least {2 * SHARD} conversations, got {self._count}{where}")
+
+    @property
+    def _count(self) -> int:
+        return self.count if self.data == SELF else min(self.count, len(self._texts))
+
+    @property
+    def _folder(self) -> Path:
+        if self.work is not None:
+            return self.work.expanduser()
+        source = SELF if self.data == SELF else Path(self.data).stem
+        return cache_dir() / "training" / f"{Path(self.target).name}-{source}-{self.seed}"
+
+    def prepare(self, model: Any, tokenizer: Any, *, needs_layers: bool) -> tuple[FeatureStore, list[Conversation]]:
+        """Make what is missing of the text and its features; ``needs_layers``: EAGLE's, which small targets lack."""
+        from specdec.drafters.eagle_engine import feature_layers
+        from specdec.drafters.training.features import FeatureStore
+
+        num_layers = model.config.get_text_config().num_hidden_layers
+        layers = feature_layers(num_layers) if needs_layers or num_layers > 2 else ()
+        texts = self._write(model, tokenizer)
+        store = FeatureStore(self._folder / "features", layers)
+        progress, done = Progress("features, tokens"), 0
+        for size in store.build(model, texts):
+            done += size
+            progress.show(done, sum(len(text.tokens) for text in texts))
+        return store, texts
+
+    def _write(self, model: Any, tokenizer: Any) -> list[Conversation]:
+        from specdec.drafters.training.data import Chat, DataFolder, DataSettings
+
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        chat = Chat.of(tokenizer) if self.data == SELF or has_template else Chat.plain(tokenizer)
+        digest = SELF if self.data == SELF else hashlib.sha256("\0".join(self._texts).encode()).hexdigest()
+        limit = self.max_answer_tokens
+        settings = DataSettings(self.target, self._count, digest, self.seed, max_answer_tokens=limit)
+        folder = DataFolder(self._folder, settings)
+        folder.open()
+        if folder.missing():
+            self._generate(model, chat, folder)
+        return folder.read()
+
+    def _generate(self, model: Any, chat: Chat, folder: DataFolder) -> None:
+        from specdec.accelerate import accelerated
+        from specdec.cli.loading import check_prompt, eos_ids
+        from specdec.drafters.training.data import OPENERS, Generator
+        from specdec.target import CausalLM
+        from specdec.verifiers import make_verifier
+
+        engine, settings = CausalLM(accelerated(model)), folder.settings
+        own = self.data == SELF
+        openers = [json.loads(line) for line in OPENERS.read_text("utf-8").splitlines()] if own else []
+        questions = None if own else [chat.encode(text) for text in self._texts]
+        for i, question in enumerate(questions or [[0] * settings.max_question_tokens], start=1):
+            what = "a conversation" if questions is None else f"question {i} of {self.data}"
+            check_prompt(engine, chat.prompt(question), settings.max_answer_tokens, what)
+        rule, ends = make_verifier("match"), eos_ids(model)
+        generator = Generator(engine, rule, ends, chat, settings, openers, questions, self.batch_size)
+        progress, first, tokens = Progress("conversations"), len(folder.read()), 0
+        for number, text in enumerate(generator.run(folder), start=first + 1):
+            tokens += text.num_answer
+            progress.show(number, settings.count, f"{tokens} answer tokens")
+
+
+@dataclass(slots=True)
+class Progress:
+    """A line on the error stream every few seconds; the rate is of what was done since the first line."""
+
+    what: str
+    _started: tuple[float, int] | None = None  # when, and what was done by then
+    _shown: float = 0.0
+
+    def show(self, done: int, total: int, more: str = "") -> None:
+        now = time.monotonic()
+        self._started = self._started or (now, done)
+        if now - self._shown < _SHOW_EVERY_S and done < total:
+            return
+        self._shown = now
+        since, first = self._started
+        rate = f" ({(done - first) / (now - since):.1f} a second)" if now > since and done > first else ""
+        tell(f"{self.what}: {done} of {total}{', ' + more if more else ''}{rate}")
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
