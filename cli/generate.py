@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -15,7 +15,7 @@ from specdec.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from specdec.cli.loading import Loaded
-    from specdec.decode import Decoder
+    from specdec.decode import Decoder, Emission
     from specdec.interfaces import Row
     from specdec.metrics import Stats
 
@@ -49,11 +49,15 @@ def generate(
     threads: options.Threads = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the prompt.")] = None,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template if it has one.")] = True,
+    explain: Annotated[bool, typer.Option("--explain", help="Print each step's tree with its accepted path.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show the tree of each step in place, as the text grows.")
+    ] = False,
 ) -> None:
     """Answer PROMPT, streaming the text as it is generated.
 
     On a terminal, tokens that were drafted and accepted are green (underlined where there is no colour) and the
-    target's own are plain. A line on standard error sums up at the end.
+    target's own are plain. A line on standard error sums up at the end. --explain and --live show how it came about.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -62,6 +66,8 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if system is not None and not chat:
         raise ValueError("a system message needs the chat template: leave out --no-chat or --system")
+    if explain and live:
+        raise ValueError("--explain prints every step and --live redraws one: choose one of them")
     options.set_threads(threads)
     from specdec.budget import make_budget
     from specdec.cli.loading import check_prompt, load
@@ -84,7 +90,8 @@ def generate(
     ids = _render(loaded.tokenizer, text, system, chat)
     check_prompt(loaded.engine, ids, max_new_tokens, "the prompt")
     decoder = _decoder(loaded, drafter, rule, params, noise, budget)
-    _stream(decoder, Row(0, ids, len(ids) + max_new_tokens), loaded.tokenizer)
+    view = _view(loaded.tokenizer, explain=explain, live=live)
+    _stream(decoder, Row(0, ids, len(ids) + max_new_tokens), view)
 
 
 def _render(tokenizer: Any, text: str, system: str | None, chat: bool) -> list[int]:
@@ -112,25 +119,60 @@ def _decoder(loaded: Loaded, drafter: str, rule: Any, params: Any, noise: Any, b
     return Decoder(loaded.engine, proposer, rule, policy, noise, lambda row: row.tokens[-1] in ends, budget)
 
 
-def _stream(decoder: Decoder, row: Row, tokenizer: Any) -> None:
-    """Generate ``row``, writing its text as it comes, and sum up; Ctrl-C ends it early with status 130."""
-    from specdec.cli.text import TextStream
+class View(Protocol):
+    """Shows a text while it is generated."""
+
+    def show(self, emission: Emission) -> None:
+        """One more step."""
+
+    def end(self) -> None:
+        """That was all."""
+
+
+class StreamView:
+    """The text alone, what was drafted in another style."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from specdec.cli.text import TextStream
+
+        self._write, self._pieces = _writer(), TextStream(tokenizer)
+
+    def show(self, emission: Emission) -> None:
+        for i, token in enumerate(emission.step.tokens):
+            self._write(self._pieces.push(token), i < emission.step.num_accepted)
+
+    def end(self) -> None:
+        self._write(self._pieces.flush() + "\n", False)
+
+
+def _view(tokenizer: Any, *, explain: bool, live: bool) -> View:
+    if not (explain or live):
+        return StreamView(tokenizer)
+    from specdec.cli.explain import make_view
+
+    return make_view(tokenizer, is_live=live)
+
+
+def _stream(decoder: Decoder, row: Row, view: View) -> None:
+    """Generate ``row``, showing its text as it comes, and sum up; Ctrl-C ends it early with status 130."""
     from specdec.metrics import Stats
 
-    write, pieces, stats = _writer(), TextStream(tokenizer), Stats()
+    stats = Stats()
     is_interrupted = False
     started = time.perf_counter()
-    first_s = 0.0
+    first_s = shown_s = 0.0
     try:
         for emission in decoder.run([row]):
             first_s = first_s or time.perf_counter() - started
             stats.add(emission.step)
-            for i, token in enumerate(emission.step.tokens):
-                write(pieces.push(token), i < emission.step.num_accepted)
+            showing = time.perf_counter()
+            view.show(emission)
+            shown_s += time.perf_counter() - showing
     except KeyboardInterrupt:
         is_interrupted = True
-    seconds = time.perf_counter() - started
-    write(pieces.flush() + "\n", False)
+    finally:
+        seconds = time.perf_counter() - started - shown_s
+        view.end()
     print(_summary(decoder, row, stats, seconds, first_s), file=sys.stderr)
     if is_interrupted:
         raise typer.Exit(130)
