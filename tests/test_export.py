@@ -1,0 +1,150 @@
+"""The exported EAGLE-3 folder: the documented layout key for key, the same drafts, and commands that fit it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tinychat import VOCAB, Command, make_tokenizer, save
+from trained import random_eagle, tiny_target
+
+from specdec.cli.export import Engine, Layout, export, serve_commands
+from specdec.drafters.eagle_cell import EagleCell
+from specdec.drafters.eagle_format import load_eagle, save_eagle
+from specdec.drafters.shipped import target_facts
+
+IDS = sorted({*range(0, VOCAB, 3), 258})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A target, and a head for it that has no output matrix of its own."""
+    model = tiny_target(VOCAB)
+    target = save(tmp_path_factory.mktemp("target"), model, make_tokenizer())
+    head = tmp_path_factory.mktemp("head")
+    save_eagle(random_eagle(model, IDS).bfloat16(), head, target_facts(model), shares_output=True)
+    return target, head
+
+
+@pytest.fixture(scope="module")
+def exported(folders: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The exported folder and what the command printed."""
+    target, head = folders
+    output = tmp_path_factory.mktemp("out") / "exported"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        export(Layout.EAGLE3, head, output, target, Engine.VLLM, measure=2, dtype="auto", device="cpu", threads=None)
+    return output, printed.getvalue()
+
+
+def test_every_key_shape_and_type_is_the_documented_one(exported: tuple[Path, str]) -> None:
+    folder, _ = exported
+    h, inner, heads, groups, size, v, vd = 32, 64, 4, 2, 8, VOCAB, len(IDS)
+    expected = {
+        "fc.weight": (h, 3 * h),
+        "midlayer.hidden_norm.weight": (h,),
+        "midlayer.input_layernorm.weight": (h,),
+        "midlayer.post_attention_layernorm.weight": (h,),
+        "midlayer.self_attn.q_proj.weight": (heads * size, 2 * h),
+        "midlayer.self_attn.k_proj.weight": (groups * size, 2 * h),
+        "midlayer.self_attn.v_proj.weight": (groups * size, 2 * h),
+        "midlayer.self_attn.o_proj.weight": (h, heads * size),
+        "midlayer.mlp.gate_proj.weight": (inner, h),
+        "midlayer.mlp.up_proj.weight": (inner, h),
+        "midlayer.mlp.down_proj.weight": (h, inner),
+        "norm.weight": (h,),
+        "lm_head.weight": (vd, h),
+        "d2t": (vd,),
+        "t2d": (v,),
+    }
+    tensors = load_file(folder / "model.safetensors")
+    assert {key: tuple(value.shape) for key, value in tensors.items()} == expected
+    assert (tensors["d2t"].dtype, tensors["t2d"].dtype) == (torch.int64, torch.bool)
+    assert (tensors["d2t"] + torch.arange(vd)).tolist() == IDS == tensors["t2d"].nonzero().flatten().tolist()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert (config["model_type"], config["num_hidden_layers"], config["norm_before_residual"]) == ("llama", 1, False)
+    assert (config["vocab_size"], config["draft_vocab_size"], config["tie_word_embeddings"]) == (v, vd, False)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert {"hidden_size", "intermediate_size", "head_dim", "rms_norm_eps", "bos_token_id", "eos_token_id"} <= set(
+        config
+    )
+    assert not any("specdec" in key or "layer_ids" in key for key in config)
+
+
+def test_the_export_drafts_bit_for_bit_as_the_head(folders: tuple[str, Path], exported: tuple[Path, str]) -> None:
+    target, head = folders
+    ours, theirs = load_eagle(head, 32, VOCAB), load_eagle(exported[0], 32, VOCAB)
+    assert isinstance(ours, EagleCell)
+    assert isinstance(theirs, EagleCell)
+    matrix = tiny_target(VOCAB).get_output_embeddings().weight.detach()
+    assert torch.equal(theirs.lm_head.weight, matrix[IDS].bfloat16().float())
+    same = [
+        torch.equal(theirs.state_dict()[key], value)
+        for key, value in ours.state_dict().items()
+        if key != "lm_head.weight"
+    ]
+    assert all(same)
+    assert target
+
+
+def test_what_the_chain_accepts_is_written_in_the_engines_field_names(exported: tuple[Path, str]) -> None:
+    facts = json.loads((exported[0] / "acceptance.json").read_text())
+    assert set(facts) == {
+        "num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos", "mean_acceptance_length",
+    }  # fmt: skip
+    assert sum(facts["num_accepted_tokens_per_pos"]) == facts["num_accepted_tokens"]
+    assert facts["num_drafts"] > 0
+
+
+def test_the_printed_command_names_target_and_folder(exported: tuple[Path, str], folders: tuple[str, Path]) -> None:
+    words = shlex.split(exported[1])
+    assert words[:2] == ["vllm", "serve"]
+    assert folders[0] in words
+    config = json.loads(words[words.index("--speculative-config") + 1])
+    assert config == {"method": "eagle3", "model": str(exported[0]), "num_speculative_tokens": 3}
+    commands = serve_commands("org/model", Path("a folder"))
+    assert "--speculative-algorithm EAGLE3" in commands[Engine.SGLANG]
+    assert shlex.split(commands[Engine.LLAMA_CPP])[2:] == ["a folder", "--target-model-dir", "org/model"]
+    assert all(command in (exported[0] / "README.md").read_text() for command in (exported[1].strip(),))
+
+
+@pytest.mark.parametrize("fault", ["not empty", "another target", "no head"])
+def test_what_cannot_be_exported_is_refused(
+    folders: tuple[str, Path],
+    tmp_path: Path,
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target, head = folders
+    output = tmp_path / "out"
+    if fault == "not empty":
+        output.mkdir()
+        (output / "precious").write_text("x")
+    elif fault == "another target":
+        config: dict[str, Any] = json.loads((head / "config.json").read_text())
+        config["specdec_target"]["fingerprint"][1] *= 2
+        head = Path(shutil.copytree(head, tmp_path / "head"))
+        (head / "config.json").write_text(json.dumps(config))
+    else:
+        head = tmp_path
+    ran = Command(monkeypatch, capsys)("export", "eagle3", str(head), "--target", target, "--output", str(output))
+    assert ran.status == 2
+    assert {"not empty": "new folder", "another target": "--target", "no head": "config.json"}[fault] in ran.error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("speculators") is None, reason="the library speculators is not installed")
+def test_speculators_accepts_the_folder(exported: tuple[Path, str], folders: tuple[str, Path], tmp_path: Path) -> None:
+    command = ["speculators", "convert", str(exported[0]), "--verifier", folders[0], "--algorithm", "eagle3"]
+    subprocess.run([*command, "--output-path", str(tmp_path / "converted")], check=True, timeout=300)
