@@ -10,7 +10,7 @@ from specdec.drafters.eagle_engine import EagleEngine
 from specdec.drafters.eagle_format import load_eagle
 from specdec.drafters.growth import Children, Growing, Shape, choose_children, grow
 from specdec.drafters.ranking import DraftVocab
-from specdec.drafters.shipped import engine_of, find
+from specdec.drafters.shipped import engine_of, find, kept, version
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.noise import Noise
 from specdec.sampling import SamplingParams
@@ -94,5 +94,6 @@ def _build(
     place = find("eagle", "smollm2-135m-eagle3", target, path)
     form = Shape.parse(str(shape), top_k, num_tokens, min_confidence, nodes)
     chosen = choose_children(children, context.verifier.is_coupled, form)
-    cell = load_eagle(place, target.hidden_size, target.vocab_size)
+    key = ("eagle", *version(place))
+    cell = kept(target, key, lambda: load_eagle(place, target.hidden_size, target.vocab_size))
     return EagleDrafter(EagleEngine(cell, target), form, chosen)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,6 +166,7 @@ def share_output(cell: EagleCell, model: Any) -> None:
     if cell.config.shares_output:
         matrix = model.get_output_embeddings().weight
         cell.lm_head.weight.copy_(matrix[cell.target_ids().to(matrix.device)])
+        cell.config = replace(cell.config, shares_output=False)  # from now on it has its own
 
 
 def feature_layers(num_layers: int) -> tuple[int, int, int]:

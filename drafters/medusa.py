@@ -19,7 +19,7 @@ from specdec.drafters.growth import Children, Shape, choose_children
 from specdec.drafters.medusa_heads import MedusaHeads, load_medusa
 from specdec.drafters.ranking import DraftVocab, ranking
 from specdec.drafters.shapes import Path, StaticShape, Table, greedy_growth
-from specdec.drafters.shipped import engine_of, find
+from specdec.drafters.shipped import engine_of, find, kept, version
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.noise import Noise
 from specdec.sampling import SamplingParams
@@ -56,7 +56,7 @@ class MedusaDrafter:
     def __post_init__(self) -> None:
         self.target.request(hidden=True)
         self.heads = self.heads.to(self.target.device, self.target.model.dtype).eval()
-        self._output = self._output_layer()
+        self._output = kept(self.target, ("medusa output", self.heads), self._output_layer)
         if is_accelerated(self.target.model):
             pack(self.heads)
         if self.heads.draft_vocab is not None:
@@ -168,7 +168,8 @@ def _build(
 ) -> Drafter:
     target = engine_of(context.target, "medusa")
     place = find("medusa", "smollm2-135m-medusa", target, path)
-    heads = load_medusa(place, target.hidden_size, target.vocab_size)
+    key = ("medusa", *version(place))
+    heads = kept(target, key, lambda: load_medusa(place, target.hidden_size, target.vocab_size))
     has_static = bool(heads.choices or heads.accuracies)
     if choices not in (None, *CHOICES):
         raise ValueError(f"choices must be one of {', '.join(CHOICES)}, got {choices!r}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
 from specdec.drafters.checkpoint_io import CONFIG, read_json
 from specdec.errors import UnsupportedModelError
 from specdec.target import CausalLM
+
+T = TypeVar("T")
 
 SHIPPED = Path(__file__).parent / "pretrained"
 _NUM_ROWS = 16  # embeddings that a fingerprint looks at
@@ -65,6 +68,27 @@ def find(drafter: str, shipped: str, target: CausalLM, path: object) -> Path:
             f"the shipped head {shipped} was trained for another model ({fault}); {_advice(drafter)}"
         )
     return folder
+
+
+_KEPT: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
+
+
+def kept(target: CausalLM, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What ``make`` makes for a target, made once for as long as the target's model lives.
+
+    generate() builds its drafter at every call, which must not read and lay out a head's weights anew.
+    """
+    found = _KEPT.setdefault(target.model, {})
+    if key not in found:
+        found[key] = make()
+    made: T = found[key]
+    return made
+
+
+def version(path: Path) -> tuple[str, int]:
+    """Changes when the checkpoint at ``path`` does."""
+    files = [file for file in path.glob("*") if file.is_file()] if path.is_dir() else [path]
+    return str(path.absolute()), max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 def _advice(drafter: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from transformers import LlamaForCausalLM
 
 from specdec.budget import FixedBudget
 from specdec.decode import Decoder
-from specdec.drafters import eagle_engine
+from specdec.drafters import eagle_engine, make_drafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.eagle_engine import EagleEngine, feature_layers
+from specdec.drafters.eagle_format import save_eagle
 from specdec.drafters.growth import Children, Shape
-from specdec.interfaces import Row, Scores
+from specdec.interfaces import DraftContext, Row, Scores
 from specdec.noise import PhiloxNoise
 from specdec.policy import ParamsPolicy
 from specdec.sampling import GREEDY, SamplingParams
@@ -256,3 +258,18 @@ def test_features_are_those_of_the_paper() -> None:
     assert feature_layers(30) == (2, 15, 27)
     with pytest.raises(ValueError, match="three layers"):
         feature_layers(2)
+
+
+def test_a_checkpoint_is_read_once_for_a_target_and_anew_when_it_changes(tmp_path: Path) -> None:
+    """generate() builds a drafter at every call."""
+    model = tiny_target(VOCAB)
+    save_eagle(random_eagle(model), tmp_path)
+    target = CausalLM(model)
+
+    def cell() -> Any:
+        return make_drafter(f"eagle:path={tmp_path}", DraftContext(target, make_verifier("match"))).engine.cell  # type: ignore[attr-defined]
+
+    first = cell()
+    assert cell() is first
+    save_eagle(random_eagle(model, seed=2), tmp_path)
+    assert cell() is not first
