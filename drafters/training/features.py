@@ -143,20 +143,19 @@ class FeatureStore:
         width = max(map(len, texts))
         device = model.get_input_embeddings().weight.device
         ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-        with Capture(model, hidden=True, layers=self.layers) as capture:
+        with Capture(model, hidden=True, layers=tuple(dict.fromkeys(self.layers))) as capture:
             logits = model(input_ids=ids, use_cache=False).logits
             captured = capture.take(width)
         assert captured.hidden is not None
+        kept = capture.pick(captured.features, self.layers) if self.layers else captured.hidden[..., :0]
         for row, text in enumerate(texts):
             n = len(text)
             scores = logits[row, :n].float()
             best = scores.topk(min(TOP, scores.shape[-1]))
             logprobs = best.values - scores.logsumexp(-1, keepdim=True)
-            hidden = captured.hidden[row, :n]
-            features = hidden[:, :0] if captured.features is None else captured.features[row, :n]
             yield (
-                hidden.to("cpu", torch.bfloat16),
-                features.to("cpu", torch.bfloat16),
+                captured.hidden[row, :n].to("cpu", torch.bfloat16),
+                kept[row, :n].to("cpu", torch.bfloat16),
                 best.indices.int().cpu(),
                 logprobs.half().cpu(),
             )
