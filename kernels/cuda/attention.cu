@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
 // out [B, n, Hq, D] from the parts of each split; sinks [Hq] are one more score in each head's softmax, or null.
 // One warp a (row, head, query).
 template <typename T, int D>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, 8)
     combine_splits(const float* __restrict__ sums, const float* __restrict__ weights,
                    const int* __restrict__ lengths, const float* __restrict__ sinks, T* __restrict__ out, int batch,
                    const Attention a) {
@@ -283,9 +283,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   float weight = top > -INFINITY ? exp2f(sink - top) : 0.0f, sum[kColumns] = {};
   for (int s = 0; s < count; s++) {
     const int64_t at = part_index(a, s, batch, b, head, query);
-    const float largest = weights[at * 2];
-    if (largest == -INFINITY) continue;  // this split saw nothing
-    const float rescale = exp2f(largest - top);
+    const float rescale = exp2f(weights[at * 2] - top);
     weight += rescale * weights[at * 2 + 1];
 #pragma unroll
     for (int i = 0; i < kColumns; i++)

@@ -6,7 +6,7 @@ constexpr int kPickThreads = 256, kFilterThreads = 512;
 
 // Bounds of top-k, top-p and min-p in the order of generate(); one block a row.
 template <typename T>
-__global__ void __launch_bounds__(kFilterThreads)
+__global__ void __launch_bounds__(kFilterThreads, 2)
     filter_rows(const T* __restrict__ logits, const uint32_t* __restrict__ bits, const int* __restrict__ bit_rows,
                 float* __restrict__ bounds, int* __restrict__ lasts, int vocab, float temperature, int top_k,
                 float top_p, float min_p) {
@@ -72,7 +72,7 @@ struct Best {  // of a part of a row
 
 // One block a part of a row: parts [R, splits]. inv_t 0 is greedy.
 template <typename T>
-__global__ void __launch_bounds__(kPickThreads)
+__global__ void __launch_bounds__(kPickThreads, 4)
     pick_parts(const T* __restrict__ logits, const uint32_t* __restrict__ bits, const int* __restrict__ bit_rows,
                const float* __restrict__ bounds, const int* __restrict__ lasts, const int64_t* __restrict__ seed,
                const int64_t* __restrict__ row_keys, const int64_t* __restrict__ positions, Best* __restrict__ parts,

@@ -94,7 +94,7 @@ __device__ __forceinline__ int invert(int vocab, uint64_t random, Weight* sums, 
 // draft_probs [B, m, V] and replaced [B, m], or null; row_keys and positions [B] of the first undecided token.
 // -> path [B, P] and out_tokens [B, P], padded with -1, counts [B].
 template <typename T>
-__global__ void __launch_bounds__(kRejectThreads)
+__global__ void __launch_bounds__(kRejectThreads, 2)
     reject_tree(const T* __restrict__ logits, const uint32_t* __restrict__ bits, const int* __restrict__ bit_rows,
                 const float* __restrict__ lse, const float* __restrict__ bounds, const int* __restrict__ lasts,
                 const int64_t* __restrict__ picked, const int64_t* __restrict__ tokens,

@@ -5,7 +5,7 @@ constexpr int kChildThreads = 512, kMaxChildren = 64, kMaxCandidates = 1024;
 
 // logits [R, V] and scores [R] (log probability of the node itself) -> tokens and child_scores [R, k], best first.
 template <typename T>
-__global__ void __launch_bounds__(kChildThreads)
+__global__ void __launch_bounds__(kChildThreads, 2)
     top_children(const T* __restrict__ logits, const float* __restrict__ scores, int64_t* __restrict__ tokens,
                  float* __restrict__ child_scores, int vocab, int k) {
   __shared__ Selection selection;
