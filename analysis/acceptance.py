@@ -54,7 +54,7 @@ class Attempts:
     position: Ints  # tokens of the answer before the one that was chosen here
     token: Ints  # the one that was emitted
     entropy: Floats  # nats, NaN where the trace does not tell
-    estimate: Floats  # the drafter's highest guess among the children; NaN where it made none
+    confidence: Floats  # the drafter's highest among the children: its estimate, else what they were drawn with; or NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def attempts(trace: Trace) -> Attempts:
         position=steps.position[step] + depth - starts[steps.label[step]],
         token=steps.tokens,
         entropy=nothing if steps.entropies is None else steps.entropies,
-        estimate=nothing if steps.estimates is None else _best_below(parents, steps.estimates)[nodes],
+        confidence=_best_below(parents, _confidence(trace))[nodes],
     )
 
 
@@ -163,9 +163,9 @@ def by_entropy(trace: Trace, edges: Sequence[float] = (0.05, 0.25, 0.5, 1, 2, 3,
     return _binned(trace, lambda found: found.entropy, edges)
 
 
-def by_estimate(trace: Trace, edges: Sequence[float] = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)) -> list[Rate]:
-    """By the drafter's own guess; empty where it made none."""
-    return _binned(trace, lambda found: found.estimate, edges)
+def by_confidence(trace: Trace, edges: Sequence[float] = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)) -> list[Rate]:
+    """By how sure the drafter was; empty where it does not tell."""
+    return _binned(trace, lambda found: found.confidence, edges)
 
 
 def by_position(trace: Trace, edges: Sequence[float] = (8, 16, 32, 64, 128, 256, 512)) -> list[Rate]:
@@ -295,6 +295,14 @@ def _parents(trace: Trace) -> Ints:
     steps = trace.steps
     shift = np.repeat(steps.tree_offsets[:-1], np.diff(steps.tree_offsets))
     return np.where(steps.tree_parents < 0, -1, steps.tree_parents + shift)
+
+
+def _confidence(trace: Trace) -> Floats:
+    """(M,) the drafter's estimate of each node, or where it made none the probability that it drew the node with."""
+    steps = trace.steps
+    nothing = np.full(len(steps.tree_tokens), np.nan)
+    guessed, drawn = (nothing if each is None else each for each in (steps.estimates, steps.draft_probs))
+    return np.where(np.isnan(guessed), drawn, guessed)
 
 
 def _best_below(parents: Ints, estimates: Floats) -> Floats:

@@ -180,6 +180,18 @@ class Trace:
         """(labels,) sums of a column (N,) of steps."""
         return np.bincount(self.steps.label, values, len(self.labels)).astype(np.float64)
 
+    def table(self) -> dict[str, NDArray[Any]]:
+        """One row for each step, ready for ``pandas.DataFrame``: labels, counts and seconds, without the trees."""
+        labels = {name: self.column(name) for name in ("run", "name", "question_id", "category", "turn")}
+        steps = self.steps
+        counts = {
+            "num_drafted": steps.num_drafted,
+            "num_accepted": steps.num_accepted,
+            "num_emitted": steps.num_emitted,
+        }
+        same = ("index", "position", "num_rows", "draft_s", "score_s", "verify_s", "finished")
+        return labels | {name: getattr(steps, name) for name in same} | counts
+
     def column(self, name: str) -> NDArray[Any]:
         """(N,) an attribute of each step's label, such as ``name``, ``category`` or ``question_id``."""
         return np.array([getattr(label, name) for label in self.labels] or [""])[self.steps.label]

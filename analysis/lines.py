@@ -77,9 +77,12 @@ def fast_columns(lines: Sequence[bytes], heads: Heads) -> Columns | None:
     if not _fits(text, finished):
         return None
     pieces = text.replace(b"[", b"]").split(b"]")
-    lists = [np.fromstring(b",".join(pieces[i::8]), dtype=np.int64, sep=",") for i in (1, 3, 5, 7)]
-    flat = b"".join(pieces[0::8]).replace(b"e-", b"E-").translate(None, _LETTERS).replace(b",,", b",")
-    scalars = np.fromstring(flat.strip(b","), dtype=np.float64, sep=",")
+    try:
+        lists = [np.fromstring(b",".join(pieces[i::8]), dtype=np.int64, sep=",") for i in (1, 3, 5, 7)]
+        flat = b"".join(pieces[0::8]).replace(b"e-", b"E-").translate(None, _LETTERS).replace(b",,", b",")
+        scalars = np.fromstring(flat.strip(b","), dtype=np.float64, sep=",")
+    except (ValueError, DeprecationWarning):
+        return None
     if len(scalars) != len(lines) * len(_SCALARS):
         return None
     table = scalars.reshape(len(lines), len(_SCALARS))

@@ -51,7 +51,12 @@ def figures(
 
 
 def read_traces(paths: list[Path] | None) -> Trace | None:
-    """The traces as one; what a run that was cut short lacks is told on standard error."""
+    """The traces as one; what a run that was cut short lacks is told on standard error.
+
+    Raises:
+        ValueError: they were made under different conditions, so that one figure would mix what cannot be compared.
+    """
+    from specdec.analysis.conditions import differences
     from specdec.analysis.load import load
 
     if not paths:
@@ -59,6 +64,12 @@ def read_traces(paths: list[Path] | None) -> Trace | None:
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         trace = load(*paths)
+    for run in trace.runs[1:]:
+        if differing := differences(trace.runs[0].provenance, run.provenance):
+            raise ValueError(
+                f"{run.path} and {trace.runs[0].path} differ in {', '.join(differing)}: draw them one at a time, "
+                "or make a report, which keeps them apart"
+            )
     for warning in trace.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return trace

@@ -118,6 +118,8 @@ def test_keys_in_another_order_are_not_taken_for_each_other() -> None:
     line = json.dumps(step_line(), separators=(",", ":")) + "\n"
     swapped = line.replace('"draft_s"', '"x"').replace('"score_s"', '"draft_s"').replace('"x"', '"score_s"')
     longer = line.replace('"tokens":[5,6]', '"tokens":[5,6,7]')
+    broken = line.replace("[5,6]", "[5-6]"), line.replace("0.25", "0.2.5"), line.replace("[5,6]", "[]")
+    assert [fast_columns([each.encode()], Heads()) for each in broken] == [None] * 3
     assert fast_columns([line.encode()], Heads()) is not None
     assert fast_columns([swapped.encode()], Heads()) is None
     assert fast_columns([longer.encode()], Heads()) is None
@@ -224,3 +226,12 @@ def test_reading_needs_neither_torch_nor_a_model() -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_table_for_pandas_holds_every_step() -> None:
+    table = load(REAL).table()
+    expected = steps_of(REAL)
+    assert {len(column) for column in table.values()} == {len(expected)}
+    assert table["question_id"].tolist() == [line["question_id"] for line in expected]
+    assert table["name"].tolist() == [line["drafter"] or line["method"] for line in expected]
+    assert table["num_emitted"].tolist() == [len(line["tokens"]) for line in expected]

@@ -333,6 +333,7 @@ def test_the_command_draws_and_lists(tmp_path: Path) -> None:
         ([], "nothing to draw from"),
         (["--trace", str(DATA / "bench.json")], "not a trace of specdec"),
         (["--bench", str(DATA / "tuned.json")], "give it as --tuned"),
+        (["--trace", str(DATA / "bench.jsonl"), "--trace", str(DATA / "bench-b4.jsonl")], "differ in batch_size"),
         (["--tuned", str(DATA / "bench.json")], "give it as --bench"),
         (["--bench", str(DATA / "bench.json"), "--only", "nonesuch"], "there is no figure 'nonesuch'"),
         (["--bench", str(DATA / "bench.json"), "--format", "gif"], "svg or png"),

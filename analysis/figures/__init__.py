@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from specdec.analysis.columns import Trace
-from specdec.analysis.figures import costs, speculation, trees
+from specdec.analysis.figures import costs, rates, speculation, trees
 from specdec.analysis.figures.style import THEMES, MissingDataError, themed
 from specdec.analysis.results import Bench, Tune
 
@@ -60,6 +60,7 @@ FIGURES: tuple[Spec, ...] = (
     Spec("speedup_comparison", "trees", "bench", trees.speedup_comparison),
     Spec("cost_curve", "costs", "trace", costs.cost_curve),
     Spec("acceptance_by_depth_and_rank", "costs", "trace", costs.acceptance_by_depth_and_rank),
+    Spec("acceptance_by_entropy", "costs", "trace", rates.acceptance_by_entropy),
     Spec("speedup_by_category", "costs", "trace", costs.speedup_by_category),
     Spec("step_time_breakdown", "costs", "trace", costs.step_time_breakdown),
     Spec("tuner_landscape", "costs", "tuned", costs.tuner_landscape),

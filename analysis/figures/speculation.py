@@ -22,6 +22,8 @@ from specdec.analysis.figures.style import (
 )
 from specdec.analysis.intervals import Estimate
 
+MAX_SIBLINGS = 3  # that fit below each other and can still be read
+
 
 @in_theme
 def standard_vs_speculative(trace: Trace, ax: Axes | None = None, method: str | None = None) -> Axes:
@@ -66,18 +68,24 @@ def speculative_algorithm_flow(trace: Trace, ax: Axes | None = None, method: str
     ax, colors = new_axes(ax), theme()
     ax.set_axis_off()
     depth = len(step.nodes)
-    rows = max(len(step.children(node)) for node in step.nodes)
+    rows = min(max(len(step.children(node)) for node in step.nodes), MAX_SIBLINGS)
     columns = depth + 1
     ax.set(xlim=(-0.75, max(columns, 5) - 0.45), ylim=(-1.75, rows + 0.8))
     _box(ax, -0.4, rows, shown(step.text(0)), "newest\ntoken", colors.faint, width=0.66)
     for i, node in enumerate(step.nodes):
         kept = step.nodes[i + 1] if i + 1 < depth else None
-        for place, child in enumerate(step.children(node)):
+        below = step.children(node)
+        listed = [child for child in below if child == kept or child in below[:MAX_SIBLINGS]]
+        # The kept child is shown however late it came.
+        listed = listed[: MAX_SIBLINGS - 1] + listed[-1:] if len(listed) > MAX_SIBLINGS else listed
+        for place, child in enumerate(listed):
             is_kept = child == kept
             color = colors.accepted if is_kept else colors.rejected
             sign = "✓ accepted" if is_kept else "✗ rejected"
-            below = f"p = {step.node_probs[child]:.2g}\n{sign}"
-            _box(ax, i + 0.5, rows - place, shown(step.text(child)), below, color)
+            _box(ax, i + 0.5, rows - place, shown(step.text(child)), f"p = {step.node_probs[child]:.2g}\n{sign}", color)
+        if len(listed) < len(below):
+            more = f"and {len(below) - len(listed)} more, rejected"
+            ax.text(i + 0.5, rows - len(listed) + 0.52, more, ha="center", va="center", fontsize=10)
         x = i + 0.5
         is_own = i + 1 == depth
         color = colors.own if is_own else colors.accepted

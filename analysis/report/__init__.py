@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from specdec.analysis.columns import Trace
+from specdec.analysis.conditions import comparable
 from specdec.analysis.figures.style import conditions
 from specdec.analysis.load import load
 from specdec.analysis.report import page
 from specdec.analysis.report.facts import Facts, facts_of_bench, facts_of_trace
 from specdec.analysis.results import Bench, Tune, is_result, load_result
 from specdec.trace import read_trace
-
-_CONDITIONS = ("batch_size", "temperature", "max_new_tokens", "max_nodes", "adaptive", "accelerate", "verifier")
 
 
 @dataclass(slots=True)
@@ -56,7 +54,7 @@ def chapters(paths: Iterable[str]) -> list[Chapter]:
     found: dict[str, Chapter] = {}
     for path in paths:
         result = load_result(path) if is_result(path) else None
-        key = _key(result.provenance if result else next(read_trace(path)))
+        key = repr(comparable(result.provenance if result else next(read_trace(path))))
         if isinstance(result, Tune):
             found[f"tune {path}"] = Chapter([path], tune=result)
             continue
@@ -69,14 +67,6 @@ def chapters(paths: Iterable[str]) -> list[Chapter]:
         if chapter.tune is None and chapter.paths:
             chapter.trace = load(*chapter.paths)
     return list(found.values())
-
-
-def _key(provenance: Mapping[str, Any]) -> str:
-    """What makes speeds comparable, as text."""
-    settings, machine = provenance.get("settings") or {}, provenance.get("machine") or {}
-    models = provenance.get("models") or {}
-    facts = [models, provenance.get("dtype"), provenance.get("device"), provenance.get("threads"), machine.get("cpu")]
-    return repr([*facts, machine.get("gpus"), [settings.get(name) for name in _CONDITIONS]])
 
 
 def _facts(chapter: Chapter) -> Facts | None:
