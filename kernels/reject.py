@@ -128,8 +128,13 @@ def _launch(
         *(noise.seed, noise.rows, noise.positions, path, emitted, counts),
         *(int32(nodes), int32(num_drafts), int32(vocab), int32(limit), float32(1 / temperature)),
     )
-    kernel((rows,), 512, args)
+    kernel((rows,), _threads(vocab), args)
     return Walked(path, emitted, counts)
+
+
+def _threads(vocab: int) -> int:
+    """Eight tokens a thread, at least two warps: a function of nothing but the vocabulary, as sums are in its order."""
+    return min(512, max(64, -(-vocab // 256) * 32))
 
 
 def reject_tree_torch(
