@@ -19,7 +19,10 @@ _OPTIONAL = {
     "arctic_inference": ("suffix-tree drafts", "pip install arctic-inference"),
     "accelerate": ("loading straight onto a GPU", "pip install accelerate"),
 }
-_TOOLS = {"g++": "a C++ compiler, for torch.compile", "nvcc": "the CUDA compiler, for kernels built from source"}
+_TOOLS = {
+    "g++": "a C++ compiler, for torch.compile and for testing kernels on a CPU",
+    "nvcc": "the CUDA compiler, for tests that compile the kernels",
+}
 
 
 def doctor() -> None:
@@ -31,6 +34,7 @@ def doctor() -> None:
         ("versions", _versions()),
         ("machine", _machine()),
         ("optional parts", _optional()),
+        ("kernels", _kernels()),
         ("models", _models()),
         ("drafters", _drafters()),
         ("verifiers", _verifiers()),
@@ -92,6 +96,12 @@ def _optional() -> Iterator[str]:
     for tool, use in _TOOLS.items():
         place = shutil.which(tool)
         yield f"{tool}: {_first_line_with_version(place) if place else 'not found'} ({use})"
+
+
+def _kernels() -> Iterator[str]:
+    from specdec.kernels.dispatch import describe
+
+    yield from describe()
 
 
 def _distribution_version(module: str) -> str:

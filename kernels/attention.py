@@ -24,9 +24,13 @@ MAX_SPLITS, MIN_SPLIT = 16, 256  # as in cuda/attention.cuh
 _DENSE_SHIFT = 30  # one page is longer than any row
 _WARPS = 4
 _SHAPE = np.dtype(
-    [(name, np.int32) for name in ("queries", "heads", "kv_heads", "area", "words", "row_pages", "shift", "window")]
+    [
+        (name, np.int32)
+        for name in ("queries", "heads", "kv_heads", "area", "words", "row_pages", "shift", "window", "capacity")
+    ]
     + [(name, np.float32) for name in ("scale", "softcap")]
-    + [(name, np.int64) for name in ("query", "node", "query_head", "page", "head", "slot")]
+    + [(name, np.int64) for name in ("query", "node", "query_head", "page", "head", "slot")],
+    align=True,
 )
 
 
@@ -44,7 +48,8 @@ class TreeMask:
     """Who sees whom: everybody the kept slots, and of the tree's area behind them what the bits say.
 
     A window counts positions, not slots: queries and nodes then need their depths (a position is length + depth, and
-    no depth is negative). Slots of the area must hold finite numbers, seen or not.
+    no depth is negative). Slots of the area must hold finite numbers, seen or not; what of it lies behind the row's
+    pages is left out.
     """
 
     lengths: Tensor  # (B,) int32 kept slots; node j of the area stands in slot length + j
@@ -160,7 +165,8 @@ def _launch(
     shape = np.array(
         [
             (
-                *(queries, heads, kv_heads, mask.area, mask.bits.shape[2], row_pages, shift, window, scale, softcap),
+                *(queries, heads, kv_heads, mask.area, mask.bits.shape[2], row_pages, shift, window),
+                *(row_pages * page_size, scale, softcap),
                 *query.stride()[:3],
                 *kv.keys.stride()[:3],
             )

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.kernels.attention import MAX_AREA, TreeMask, pack_mask
+from specdec.kernels.dispatch import choose
+
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 MASKED_IMPLEMENTATIONS = ("eager", "sdpa", "specdec")  # those that take a 4D mask
 
@@ -27,6 +30,7 @@ class MaskPlan:
     blocks: tuple[Tensor, ...]  # (B,) of (T, n): which nodes each column sees
     depths: tuple[Tensor, ...]  # (B,) of (n,)
     width: int  # W
+    kept: tuple[int, ...]  # (B,) slots that every real column of a row sees
 
 
 def visibility(plan: MaskPlan) -> Tensor:
@@ -46,6 +50,38 @@ def slot_positions(plan: MaskPlan) -> Tensor:
     return positions
 
 
+def attach_tree_masks(masks: dict[str, Tensor], plan: MaskPlan, visible: Tensor, windows: dict[str, int]) -> None:
+    """Let masks carry who sees whom as bits, where a kernel would read them; kinds without a window size stay plain.
+
+    A model hands its masks to its attention untouched, so what a mask carries arrives there; where it does not, the
+    mask itself says the same.
+    """
+    area = max(b + block.shape[1] - k for b, block, k in zip(plan.bases, plan.blocks, plan.kept, strict=True))
+    device = visible.device
+    if not 0 < area <= MAX_AREA or choose("tree_attention", device) is None:
+        return
+    kept = torch.tensor(plan.kept, device=device)
+    slots = kept[:, None] + torch.arange(area, device=device)  # (B, A)
+    inside = slots.clamp(max=plan.width - 1)[:, None].expand(-1, visible.shape[1], -1)
+    seen = visible.gather(2, inside) & (slots < plan.width)[:, None]
+    depths = slot_positions(plan).gather(1, slots.clamp(max=plan.width - 1)) - kept[:, None]
+    queries = (plan.positions - kept[:, None]).clamp(min=0)  # padding stands before the kept slots
+    tree = TreeMask(kept.int(), pack_mask(seen), area, queries.int().contiguous(), depths.int().contiguous())
+    pages = torch.arange(len(plan.kept), device=device, dtype=torch.int32)[:, None]
+    for kind, mask in masks.items():
+        if kind in windows:
+            mask.tree_pass = TreePass(tree, pages, windows[kind])  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class TreePass:
+    """What a mask carries for our kernel: the same visibility as bits, and which line of the cache each row has."""
+
+    mask: TreeMask
+    pages: Tensor  # (B, 1) int32
+    window: int  # 0: none
+
+
 @dataclass(frozen=True, slots=True)
 class MaskStyle:
     """The masks that one model wants: kinds of layers, and bool or additive."""
@@ -56,11 +92,14 @@ class MaskStyle:
     dtype: torch.dtype
     window: int
     chunk: int
+    for_kernels: bool = False  # masks also carry the form that our own attention kernel takes
 
     def build(self, plan: MaskPlan) -> Tensor | dict[str, Tensor]:
         """4D masks (B, 1, T, W): bool (True = seen) or additive, one or a dict by layer type."""
         visible = visibility(plan)
         masks = {kind: self._finish(self._cut(visible, kind, plan)) for kind in self.kinds}
+        if self.for_kernels:
+            attach_tree_masks(masks, plan, visible, {FULL: 0, SLIDING: self.window})
         return masks if self.by_layer_type else masks[self.kinds[0]]
 
     def _cut(self, visible: Tensor, kind: str, plan: MaskPlan) -> Tensor:
@@ -104,4 +143,12 @@ def mask_style(config: Any, implementation: str, dtype: torch.dtype, module: Mod
         return f"layers of type {', '.join(unknown)} keep a state that cannot branch"
     if (SLIDING in kinds and not window) or (CHUNKED in kinds and not chunk):
         return f"layer types {', '.join(kinds)} without a window or chunk size in the config"
-    return MaskStyle(kinds, layer_types is not None, implementation == "eager", dtype, window or 0, chunk or 0)
+    return MaskStyle(
+        kinds,
+        layer_types is not None,
+        implementation == "eager",
+        dtype,
+        window or 0,
+        chunk or 0,
+        for_kernels=implementation == "specdec",
+    )

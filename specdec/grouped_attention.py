@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from specdec.attention import TreePass
+from specdec.errors import UnsupportedModelError
+from specdec.kernels.attention import KVView, tree_attention
 
 NAME = "specdec"
 _FEW = 8  # queries up to which 16-bit groups are faster as rows of one block (docs/log.md)
@@ -33,8 +38,14 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """(B, T, h, D) from ``query`` (B, h, T, D), ``key`` and ``value`` (B, G, W, D), ``attention_mask`` (B, 1, T, W).
 
-    What it does not cover goes to transformers' own function.
+    A mask that carries the bits of a tree goes to our kernel (``specdec.kernels.attention``). What is not covered
+    goes to transformers' own function.
     """
+    tree: TreePass | None = getattr(attention_mask, "tree_pass", None)
+    if tree is not None and not dropout and scaling is not None:
+        return _tree_attention(query, key, value, tree, scaling, **kwargs), None
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        return _eager(query, key, value, attention_mask, scaling, **kwargs), None
     groups, num_queries = query.shape[1] // key.shape[1], query.shape[2]
     shared_mask = attention_mask is None or (attention_mask.dim() == 4 and attention_mask.shape[1] == 1)
     sees_all = attention_mask is not None or num_queries == 1
@@ -52,6 +63,62 @@ def attention_forward(
             query, key, value, attention_mask, scale=scaling, enable_gqa=True
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreePass,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """(B, T, h, D); ``softcap`` and ``s_aux`` (attention sinks) are what some families hand to their attention."""
+    sinks = None if s_aux is None else s_aux.float()
+    view = KVView(key, value, tree.pages)
+    return tree_attention(query.transpose(1, 2), view, tree.mask, scaling, tree.window, softcap or 0.0, sinks)
+
+
+def _eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Plain passes of the families that PyTorch's attention does not cover; without a mask they are causal."""
+    heads, num_queries, size = query.shape[1:]
+    key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril(key.shape[2] - num_queries)
+    scores = scores.float().masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores.float() + mask
+    if s_aux is not None:
+        sinks = s_aux.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def use_kernels(model: Any) -> None:
+    """Run the attention of ``model`` through this file; tree passes then take our kernel where it can run.
+
+    Raises:
+        UnsupportedModelError: the model kept another attention.
+    """
+    model.set_attn_implementation(NAME)
+    config = model.config.get_text_config()
+    if config._attn_implementation != NAME or ALL_ATTENTION_FUNCTIONS[NAME] is not attention_forward:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} kept attention {config._attn_implementation!r} instead of {NAME!r}"
+        )
 
 
 AttentionInterface.register(NAME, attention_forward)

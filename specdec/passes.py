@@ -168,4 +168,5 @@ def mask_plan(parts: Sequence[Part], num_columns: int, width: int, device: torch
         tuple(blocks),
         tuple(depths),
         width,
+        tuple(part.line.length for part in parts),
     )

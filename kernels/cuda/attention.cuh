@@ -11,7 +11,7 @@ constexpr int kMaxSplits = 16, kMinSplit = 256;  // as in kernels/attention.py
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Attention {  // passed by value; as in kernels/attention.py
-  int num_queries, query_heads, kv_heads, area, words, row_pages, page_shift, window;
+  int num_queries, query_heads, kv_heads, area, words, row_pages, page_shift, window, capacity;
   float scale, softcap;
   int64_t query_stride, node_stride, query_head_stride;  // of query [B, n, Hq, D], in elements
   int64_t page_stride, head_stride, slot_stride;         // of keys and values [pages, G, C, D], in elements
@@ -28,7 +28,7 @@ struct Split {
     const int size = max(kMinSplit, ((length + kMaxSplits - 1) / kMaxSplits + 63) & ~63);
     count = max(1, (length + size - 1) / size);
     begin = first + split * size;
-    end = split == count - 1 ? prefix + a.area : begin + size;
+    end = split == count - 1 ? min(prefix + a.area, a.capacity) : begin + size;
   }
 };
 
