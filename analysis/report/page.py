@@ -117,7 +117,8 @@ def figures(trace: Trace | None, bench: Bench | None, tune: Tune | None) -> tupl
             assert spec.draw is not None
             about = escape(" ".join((spec.draw.__doc__ or spec.name).split()))
             shown.append(
-                f'<figure id="{spec.name}"><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">'
+                f'<figure tabindex="0" role="group" aria-label="{spec.name.replace("_", " ")}"><picture>'
+                f'<source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">'
                 f'<img loading="lazy" width="1000" height="560" alt="{about}" src="{_inline(light)}"></picture></figure>'
             )
     return f'<div class="figures">{"".join(shown)}</div>' if shown else "", missing
