@@ -20,6 +20,7 @@ from specdec.accelerate import is_accelerated, pack
 from specdec.attention import visibility
 from specdec.cache import RaggedCache
 from specdec.drafters.eagle_cell import EagleCell, FeatureCell
+from specdec.drafters.shipped import draft_dtype
 from specdec.interfaces import Row, Scores
 from specdec.passes import Lines, Part, in_lockstep, mask_plan, pass_slots
 from specdec.target import PREFILL_CHUNK, CausalLM
@@ -30,7 +31,7 @@ class EagleEngine:
     """An EAGLE head beside its target.
 
     Args:
-        cell: the network; it moves to the target's device and dtype, and its layers are packed if the target's are.
+        cell: the network; it moves to the target's device, and its layers are packed if the target's are.
         target: asked for the features that the head reads, with every pass.
         clock: seconds; the time spent inside the head is added up in ``model_s``.
     """
@@ -41,7 +42,8 @@ class EagleEngine:
         self.target = target
         if isinstance(cell, EagleCell):
             share_output(cell, target.model)
-        self.cell = cell.to(target.device, target.model.dtype).eval()
+        self.dtype = draft_dtype(target)
+        self.cell = cell.to(target.device, self.dtype).eval()
         if is_accelerated(target.model):
             pack(self.cell)
         self.layers: tuple[int, ...] = ()
@@ -120,7 +122,7 @@ class EagleEngine:
         """Process what a long prompt has beyond one chunk; the pending tokens and states (p + 1, H) that are left."""
         line = self._lines[row]
         pending = row.tokens[line.length + 1 : -1]
-        fused = self.cell.fuse(torch.cat(self._features[row]))
+        fused = self.cell.fuse(torch.cat(self._features[row]).to(self.dtype))
         self._features[row] = []
         while len(pending) > PREFILL_CHUNK:
             part = Part(line, pending[:PREFILL_CHUNK], None, 0)
@@ -131,7 +133,8 @@ class EagleEngine:
 
     @torch.no_grad()
     def _logits(self, states: Tensor) -> Tensor:
-        logits: Tensor = self._output(states)
+        own = isinstance(self.cell, EagleCell)
+        logits: Tensor = self._output(states if own else states.to(self.target.model.dtype))
         return logits
 
     @torch.no_grad()
@@ -141,7 +144,7 @@ class EagleEngine:
         columns = [part.new_tokens for part in parts]
         num_columns = max(map(len, columns))
         padded = [[0] * (num_columns - len(c)) + c for c in columns]
-        embeds = self._embed(torch.tensor(padded, device=device))
+        embeds = self._embed(torch.tensor(padded, device=device)).to(self.dtype)
         padding = (nn.functional.pad(s, (0, 0, num_columns - len(s), 0)) for s in states)
         is_plain = in_lockstep(parts)
         start = max(part.start for part in parts)

@@ -19,7 +19,7 @@ from specdec.drafters.growth import Children, Shape, choose_children
 from specdec.drafters.medusa_heads import MedusaHeads, load_medusa
 from specdec.drafters.ranking import DraftVocab, ranking
 from specdec.drafters.shapes import Path, StaticShape, Table, greedy_growth
-from specdec.drafters.shipped import engine_of, find, kept, version
+from specdec.drafters.shipped import draft_dtype, engine_of, find, kept, version
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.noise import Noise
 from specdec.sampling import SamplingParams
@@ -36,7 +36,7 @@ class MedusaDrafter:
     A row's first step has no draft, because the target has not processed its prompt yet.
 
     Args:
-        heads: the network; it moves to the target's device and dtype, and its layers are packed if the target's are.
+        heads: the network; it moves to the target's device, and its layers are packed if the target's are.
         target: asked for its last hidden states, with every pass.
         choices: "static": the tree that did best on average; "dynamic": the best paths by this step's probabilities.
         children: CERTAIN, or COUPLED for a verifier that shares its noise.
@@ -52,10 +52,12 @@ class MedusaDrafter:
     _hidden: dict[Row, Tensor | None] = field(default_factory=dict, init=False)  # (H,) of the newest verified token
     _vocab: DraftVocab | None = field(default=None, init=False)
     _output: Any = field(init=False)
+    _dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
         self.target.request(hidden=True)
-        self.heads = self.heads.to(self.target.device, self.target.model.dtype).eval()
+        self._dtype = draft_dtype(self.target)
+        self.heads = self.heads.to(self.target.device, self._dtype).eval()
         self._output = kept(self.target, ("medusa output", self.heads), self._output_layer)
         if is_accelerated(self.target.model):
             pack(self.heads)
@@ -69,7 +71,7 @@ class MedusaDrafter:
         if not self.heads.shares_output or ids is None:
             return layer
         bias = getattr(layer, "bias", None)
-        part = nn.Linear(self.heads.hidden_size, len(ids), bias is not None, ids.device, self.target.model.dtype)
+        part = nn.Linear(self.heads.hidden_size, len(ids), bias is not None, ids.device, self._dtype)
         with torch.no_grad():
             part.weight.copy_(layer.weight[ids])
             if bias is not None:
@@ -97,8 +99,12 @@ class MedusaDrafter:
     @torch.no_grad()
     def _logits(self, hidden: Tensor) -> Tensor:
         """(heads, B, Vd) at the states ``hidden`` (B, H)."""
-        logits: Tensor = self._output(self.heads.states(hidden)) if self.heads.shares_output else self.heads(hidden)
-        return logits
+        hidden = hidden.to(self._dtype)
+        if not self.heads.shares_output:
+            return self.heads(hidden)  # type: ignore[no-any-return]
+        states = self.heads.states(hidden)
+        whole_vocabulary = self.heads.draft_vocab is None  # then the matrix is the target's own layer
+        return self._output(states.to(self.target.model.dtype) if whole_vocabulary else states)  # type: ignore[no-any-return]
 
     def _tree(self, row: Row, limit: Limit, logits: Tensor, params: SamplingParams, noise: Noise) -> TokenTree:
         """One row's tree from its ``logits`` (heads, Vd)."""

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from specdec.accelerate import is_accelerated, packing_fault
 from specdec.drafters.checkpoint_io import CONFIG, read_json
 from specdec.errors import UnsupportedModelError
 from specdec.target import CausalLM
@@ -68,6 +69,17 @@ def find(drafter: str, shipped: str, target: CausalLM, path: object) -> Path:
             f"the shipped head {shipped} was trained for another model ({fault}); {_advice(drafter)}"
         )
     return folder
+
+
+def draft_dtype(target: CausalLM) -> torch.dtype:
+    """What a head runs in: the target's dtype, or bfloat16 beside a packed float32 target on a CPU that has it.
+
+    Drafts decide how fast the text comes, never what it says, and on a CPU half the bytes is half the time.
+    """
+    dtype: torch.dtype = target.model.dtype
+    if dtype is torch.float32 and is_accelerated(target.model) and not packing_fault(torch.bfloat16):
+        return torch.bfloat16
+    return dtype
 
 
 _KEPT: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()

@@ -150,7 +150,9 @@ def test_heads_of_an_accelerated_target_are_packed_and_say_the_same(vocab: list[
     pack(model)
     packed = MedusaDrafter(random_medusa(model, vocab), CausalLM(model))
     assert is_accelerated(packed.heads)
-    torch.testing.assert_close(packed._logits(hidden), expected, atol=1e-3, rtol=1e-3)
+    # Beside a packed float32 target heads run in bfloat16 where the processor has it.
+    tolerance = 1e-3 if packed._dtype is torch.float32 else 0.02 * float(expected.abs().max())
+    torch.testing.assert_close(packed._logits(hidden).float(), expected, atol=tolerance, rtol=1e-3)
 
 
 def test_the_shipped_heads_are_found_for_their_target_and_for_no_other(
