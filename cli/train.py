@@ -15,6 +15,7 @@ from specdec.models import DEFAULT_MODEL, known_models, load_model, load_tokeniz
 
 EXAMPLE = "Example: specdec train eagle --conversations 2000 --minutes 30 --output my-eagle"
 _NUM_JUDGES = 24  # held-out questions that the finished drafter is judged on
+_JUDGED_TOGETHER = 8
 _PATIENCE = timedelta(days=7)  # of the processes that wait while the first one makes the data
 
 
@@ -126,7 +127,7 @@ def acceptance(kind: Kind, folder: Path, model: Any, questions: list[list[int]])
         engine, drafter, rule, ParamsPolicy(GREEDY), PhiloxNoise(0), lambda row: row.tokens[-1] in ends, FixedBudget(16)
     )
     stats = Stats()
-    for emission in decoder.run((Row(i, ids, len(ids) + 64) for i, ids in enumerate(questions)), 1):
+    for emission in decoder.run((Row(i, ids, len(ids) + 64) for i, ids in enumerate(questions)), _JUDGED_TOGETHER):
         stats.add(emission.step)
     return stats.mean_acceptance_length
 

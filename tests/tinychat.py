@@ -40,7 +40,7 @@ def make_model(seed: int = 0, vocab: int = VOCAB, eos: int | None = 256, **optio
         vocab_size=vocab,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=options.pop("num_hidden_layers", 2),
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=options.pop("max_position_embeddings", 512),

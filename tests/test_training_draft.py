@@ -1,0 +1,177 @@
+"""Draft models made of some of a target's layers: they load, generate and draft, and they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trained import tiny_target
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from zoo import FAMILIES, VOCAB
+
+import specdec
+from specdec.capture import decoder_layers
+from specdec.drafters.training.data import Conversation
+from specdec.drafters.training.draft import DraftTraining, pruned
+from specdec.drafters.training.features import SHARD, FeatureStore
+from specdec.drafters.training.job import Job, Recipe, embedding_table
+from specdec.drafters.training.loop import TrainSettings
+
+IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]])  # longer than the windows of 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model(input_ids=IDS).logits
+    return result
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "kept"), [(1, [0]), (2, [0, 8]), (3, [0, 4, 8]), (5, [0, 2, 4, 6, 8]), (8, [0, 1, 2, 3, 5, 6, 7, 8])]
+)
+def test_layers_are_kept_evenly_with_the_first_and_the_last(num_layers: int, kept: list[int]) -> None:
+    model = tiny_target(layers=9)
+    small = pruned(model, num_layers)
+    assert small.config.num_hidden_layers == num_layers
+    assert len(decoder_layers(small)) == num_layers
+    for layer, i in zip(decoder_layers(small), kept, strict=True):
+        theirs = decoder_layers(model)[i].state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("num_layers", [0, 5, 6])
+def test_a_draft_model_must_be_smaller(num_layers: int) -> None:
+    with pytest.raises(ValueError, match=rf"1 to 4 layers \(fewer than the target's\), got {num_layers}"):
+        pruned(tiny_target(layers=5), num_layers)
+
+
+def rebuilt(model: Any, kept: list[int]) -> torch.Tensor:
+    """Logits of the target with all but ``kept`` of its layers skipped: what pruning stands for."""
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out: (args[0], *out[1:]) if isinstance(out, tuple) else args[0])
+        for i, layer in enumerate(decoder_layers(model))
+        if i not in kept
+    ]
+    try:
+        return logits(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# Windows and rotary embeddings that change from layer to layer must stay with their layers.
+KINDS = ["llama", "gpt2", "gemma2", "gemma3", "qwen3-window", "smollm3", "gpt_oss"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("num_layers", [2, 3])
+def test_pruning_is_skipping_layers_also_after_it_was_saved(tmp_path: Path, name: str, num_layers: int) -> None:
+    """With 4 layers 0 and 3, or 0, 2 and 3 stay: their kinds no longer alternate."""
+    model = FAMILIES[name].build()
+    before, weights = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
+    small = pruned(model, num_layers)
+    kept = {2: [0, 3], 3: [0, 2, 3]}[num_layers]
+    torch.testing.assert_close(logits(small), rebuilt(model, kept), rtol=1e-5, atol=1e-5)
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, attn_implementation=FAMILIES[name].attention
+    )
+    loaded.set_experts_implementation("eager")  # the default has no float64
+    torch.testing.assert_close(logits(loaded), logits(small), rtol=1e-5, atol=1e-5)
+    new = small.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert new.shape == (1, IDS.shape[1] + 4)  # so its cache has a place for each layer
+    assert torch.equal(logits(model), before)  # the target is as it was
+    assert model.config.num_hidden_layers == len(decoder_layers(model)) == 4
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3-window"])
+def test_a_pruned_model_drafts_for_its_target(name: str) -> None:
+    model = FAMILIES[name].build()
+    expected = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    output = specdec.generate(
+        model, IDS, max_new_tokens=12, drafter="model:shape=best-first", draft_model=pruned(model, 3), adaptive=False
+    )
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_eagle_learns_on_the_embeddings_that_it_will_read(name: str) -> None:
+    """Some families scale their embedding's weights in the layer itself."""
+    model = FAMILIES[name].build()
+    layer = model.get_input_embeddings()
+    with torch.no_grad():
+        expected = layer(torch.arange(VOCAB)).float()
+    assert torch.equal(embedding_table(model), expected)
+    assert torch.equal(expected, layer.weight.float()) == (name == "llama")
+
+
+# ----- learning -----
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_target(vocab=VOCAB, layers=5)
+
+
+@pytest.fixture(scope="module")
+def store(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """Text that the target wrote greedily, which is easy to learn."""
+    torch.manual_seed(0)
+    starts = torch.randint(3, VOCAB, (2 * SHARD, 2))
+    texts = model.generate(starts, max_new_tokens=14, do_sample=False, pad_token_id=0, eos_token_id=None)
+    store = FeatureStore(tmp_path_factory.mktemp("features"), (2, 2, 2))
+    list(store.build(model, [Conversation(i, tuple(text), 2) for i, text in enumerate(texts.tolist())]))
+    return store
+
+
+def job(model: Any, store: FeatureStore, folder: Path, kind: str, **changes: Any) -> Job:
+    settings = TrainSettings(epochs=changes.pop("epochs", 12), learning_rate=3e-3, precision="no", report_every_s=1e-9)
+    recipe = Recipe(kind, settings, batch_tokens=128, **{"draft_vocab": 64, "heads": 2, "layers": 2, **changes})
+    return Job(model, store, recipe, folder, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("medusa", {}), ("medusa", {"own_output": True}), ("eagle", {}), ("eagle", {"own_output": True}), ("draft", {})],
+    ids=lambda value: value if isinstance(value, str) else "own" if value else "shared",
+)
+def test_the_held_out_loss_falls(
+    model: LlamaForCausalLM, store: FeatureStore, tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    early = job(model, store, tmp_path / "early", kind, epochs=0.01, **changes).run()
+    late = job(model, store, tmp_path / "late", kind, **changes).run()
+    assert late["loss"] < 0.95 * early["loss"]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_only_the_draft_models_layers_learn(model: LlamaForCausalLM) -> None:
+    """Embedding and output matrix are most of a small model's weights, and right as they are."""
+    names = {name for name, p in DraftTraining(pruned(model, 2)).named_parameters() if not p.requires_grad}
+    assert names == {"model.model.embed_tokens.weight", "model.lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "lookahead"}, "kind must be one of medusa, eagle, draft, got 'lookahead'"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"draft_vocab": -1}, "draft_vocab must be positive, or 0 for every id, got -1"),
+    ],
+)
+def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{"kind": "eagle", "settings": TrainSettings(), **changes})
