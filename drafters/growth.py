@@ -141,7 +141,7 @@ class Growing:
 
     def __post_init__(self) -> None:
         self.tokens = [self.row.tokens[-1]]
-        if self.limit.depth < 1 or self.limit.nodes < 1:
+        if self.limit.num_levels < 1 or self.limit.nodes < 1:
             self.frontier = []
 
     @property
@@ -157,7 +157,7 @@ class Growing:
         grown = self._pick_children(logits) if self._may_drop else self._draw_level(logits)
         self.scored += self.frontier
         self.level += 1
-        if self.level >= min(self.shape.num_levels, self.limit.depth):
+        if self.level >= min(self.shape.num_levels, self.limit.num_levels):
             grown = []
         # What has no chance of a place in the tree need not be scored either.
         grown = [

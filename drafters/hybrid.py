@@ -17,6 +17,7 @@ from specdec.noise import Noise
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree, best_part
 
+ENOUGH = 2.0  # accepted tokens: more are rarely won by also running a network
 _OFFSET = 4096  # random numbers of one drawing part in one step
 
 
@@ -28,10 +29,14 @@ class HybridDrafter:
     draw (``is_drawing``) share the budget in equal parts, fixed beforehand, and have random numbers of their own
     (``draw_offset``). What they leave of the budget goes to the best nodes that the others picked. Each part's estimates
     are calibrated by what was accepted.
+
+    Drafters that run a network level by level (``is_costly``) are asked last, and not for rows in which the others'
+    trees already promise ``enough`` accepted tokens.
     """
 
     parts: Sequence[Drafter]
     name: str = "hybrid"
+    enough: float = ENOUGH
     _calibrations: list[Calibration] = field(init=False)
     _drawing: list[Drafter] = field(init=False)
     _proposed: dict[Row, list[TokenTree]] = field(default_factory=dict, init=False)
@@ -51,7 +56,17 @@ class HybridDrafter:
     def propose(
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
     ) -> list[TokenTree]:
-        proposals = [part.propose(rows, self._share(part, limits), params, noise) for part in self.parts]
+        proposals: list[list[TokenTree]] = [[] for _ in self.parts]
+        promised = [0.0] * len(rows)
+        for k in sorted(range(len(self.parts)), key=lambda k: _is_costly(self.parts[k])):
+            part, shares = self.parts[k], self._share(self.parts[k], limits)
+            if not _is_costly(part):
+                proposals[k] = part.propose(rows, shares, params, noise)
+                promised = [max(p, self._promise(k, tree)) for p, tree in zip(promised, proposals[k], strict=True)]
+                continue
+            none = (replace(share, depth=0, nodes=0) for share in shares)
+            shares = [n if p >= self.enough else s for s, n, p in zip(shares, none, promised, strict=True)]
+            proposals[k] = part.propose(rows, shares, params, noise)
         trees = []
         for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
             own = [self._calibrated(k, proposal[i]) for k, proposal in enumerate(proposals)]
@@ -83,10 +98,18 @@ class HybridDrafter:
         count = 1 if limits and limits[0].chain_only else len(self._drawing)
         return [replace(limit, nodes=limit.nodes // count) for limit in limits]
 
+    def _promise(self, part: int, tree: TokenTree) -> float:
+        """How many tokens of a tree are likely to be accepted."""
+        return sum(self._calibrations[part].values(tree)[1:]) if tree.estimates else 0.0
+
     def _calibrated(self, part: int, tree: TokenTree) -> TokenTree:
         if not tree.estimates:
             return tree
         return replace(tree, estimates=tuple(self._calibrations[part].values(tree)))
+
+
+def _is_costly(part: Drafter) -> bool:
+    return bool(getattr(part, "is_costly", False))
 
 
 def _combine(trees: Sequence[TokenTree], limit: Limit) -> TokenTree:
@@ -125,11 +148,11 @@ def _learn(calibration: Calibration, proposal: TokenTree, verified: TokenTree, v
 
 
 def build(context: DraftContext) -> Drafter:
-    """Options: parts (names joined by +, such as parts=ngram+recycling; options of the parts as part.option=value)."""
+    """Options: parts (names joined by +, such as parts=ngram+recycling), enough, options of the parts as part.option=value."""
     return _build(context, **context.options)
 
 
-def _build(context: DraftContext, parts: str = "ngram+recycling", **options: Any) -> Drafter:
+def _build(context: DraftContext, parts: str = "ngram+recycling", enough: float = ENOUGH, **options: Any) -> Drafter:
     from specdec.drafters import make_drafter
 
     names = parts.split("+")
@@ -141,4 +164,4 @@ def _build(context: DraftContext, parts: str = "ngram+recycling", **options: Any
         own = {key.split(".", 1)[1]: value for key, value in options.items() if key.startswith(name + ".")}
         text = name + (":" + ",".join(f"{key}={value}" for key, value in own.items()) if own else "")
         made.append(make_drafter(text, context))
-    return HybridDrafter(made)
+    return HybridDrafter(made, enough=enough)

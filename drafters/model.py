@@ -42,6 +42,11 @@ class ModelDrafter:
     _growing: dict[Row, Growing | None] = field(default_factory=dict, init=False)
 
     @property
+    def is_costly(self) -> bool:
+        """Whether each level of a tree takes a pass of its own."""
+        return True
+
+    @property
     def is_drawing(self) -> bool:
         """Whether its nodes are drawn: then all of them must be verified."""
         return self.children not in (Children.CERTAIN, Children.COUPLED)

@@ -225,8 +225,8 @@ class DepthRates:
 class AdaptiveBudget:
     """The size that yields most tokens a second by what was learned; no draft where that is less than plain decoding.
 
-    Trees with estimates and without drawn nodes are cut after drafting. Before it, the depth is limited where levels
-    cost time, and drafting is switched off by an account, in passes of plain decoding: every draft books what it
+    Trees with estimates and without drawn nodes are cut after drafting. Before it, the number of levels is limited
+    where these cost time, and drafting is switched off by an account, in passes of plain decoding: every draft books what it
     gained or lost, every step adds ``overhead``, and drafting waits while the account is empty. So a run is never
     slower than plain decoding by more than ``overhead``, the ``credit`` to begin with, and one draft; a draft that
     loses little is tried often, a costly one rarely, and one that pays keeps itself going.
@@ -250,20 +250,23 @@ class AdaptiveBudget:
     _nodes_per_level: float = 1.0
     _unbooked_s: float = 0.0  # drafting time from before a plain pass was seen
     _num_drafts: int = 0
+    _levels: int | None = None  # of the latest draft
     _since_plain: int = 0  # steps since a pass without a draft
 
     def limits(self, rows: Sequence[Row], chain_only: bool) -> list[Limit]:
         is_first = any(row.num_steps == 0 for row in rows)  # its pass holds a prompt: no plain one
         rests = self.credit <= 0 or (not is_first and self._needs_plain(len(rows)))
-        depth = 0 if rests else self._depth(len(rows))
-        return [Limit(min(depth, row.num_left - 1), self.max_nodes, chain_only) for row in rows]
+        if rests:
+            return [Limit(0, self.max_nodes, chain_only) for _ in rows]
+        self._levels = self._num_levels(len(rows))
+        return [Limit(row.num_left - 1, self.max_nodes, chain_only, self._levels) for row in rows]
 
     def _needs_plain(self, num_rows: int) -> bool:
         """Whether what drafts are compared with is unknown, known from few passes, or long past."""
         return self._since_plain + 1 >= min(1 << self.costs.count(num_rows, 1), 128)
 
-    def _depth(self, num_rows: int) -> int:
-        """The depth that pays best where each level costs drafting time; deeper ones are tried a little at a time."""
+    def _num_levels(self, num_rows: int) -> int | None:
+        """How many levels pay best where each costs drafting time; deeper ones are tried a little at a time."""
         expected = self._depths.expected()
         known = len(expected) - 1
         if known < 1:
@@ -271,7 +274,7 @@ class AdaptiveBudget:
         plain = self.costs.curve(num_rows, 1)[0]
         draft = self._draft_costs.curve(num_rows, known + 1)
         if draft[-1] < 0.05 * plain:
-            return self.max_nodes
+            return None
         sizes = [math.ceil(self._nodes_per_level * depth) for depth in range(known + 1)]
         score = self.costs.curve(num_rows, 1 + sizes[-1])
         rates = [(1 + expected[d]) / (draft[d] + score[sizes[d]]) for d in range(1, known + 1)]
@@ -320,6 +323,8 @@ class AdaptiveBudget:
         for tree, verdict in zip(trees, verdicts, strict=True):
             if len(tree) > 1:
                 depth = max(tree.depths())
+                if self._levels is not None:
+                    depth = min(depth, self._levels)  # what is deeper came from a drafter that pays nothing for it
                 deepest = max(deepest, depth)
                 self._depths.learn(depth, verdict.num_accepted)
                 self._nodes_per_level += 0.05 * ((len(tree) - 1) / depth - self._nodes_per_level)

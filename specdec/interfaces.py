@@ -45,11 +45,21 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How large a tree may be: more than ``depth`` accepted tokens would never be emitted."""
+    """How large a tree may be: more than ``depth`` accepted tokens would never be emitted.
+
+    A drafter for which each level of a tree costs time of its own should draft no more than ``levels`` of them: deeper
+    ones have not been paying. It is advice; others ignore it.
+    """
 
     depth: int  # edges below the root
     nodes: int  # nodes below the root
     chain_only: bool = False  # the target cannot verify branches
+    levels: int | None = None  # None: as many as ``depth``
+
+    @property
+    def num_levels(self) -> int:
+        """How many levels are worth their time."""
+        return self.depth if self.levels is None else min(self.depth, self.levels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class Simulation:
         self.drafted.append(len(tree) - 1)
 
     def _propose(self, limit: Limit, is_good: bool) -> TokenTree:
-        length = max(0, min(self.drafts.length, limit.depth, limit.nodes))
+        length = max(0, min(self.drafts.length, limit.num_levels, limit.nodes))
         tokens, parents = (1,) * (length + 1), tuple(range(-1, length))
         if self.drafts.believed is None or not length:
             return TokenTree(tokens, parents)
