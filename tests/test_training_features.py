@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -207,6 +208,18 @@ def test_other_weights_of_the_same_sizes_are_refused_and_another_precision_is_no
     torch.nn.init.normal_(other.get_input_embeddings().weight)
     with pytest.raises(ValueError, match="other weights"):
         next(store.build(other, TEXTS))
+
+
+def test_a_folder_without_a_fingerprint_is_taken_at_its_sizes(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """The first folders had none."""
+    store = FeatureStore(tmp_path, LAYERS)
+    list(store.build(model, TEXTS[:SHARD]))
+    file = tmp_path / "features.json"
+    facts = json.loads(file.read_text())
+    del facts["fingerprint"]
+    file.write_text(json.dumps(facts))
+    list(store.build(model, TEXTS[: 2 * SHARD]))
+    assert len(store) == 2
 
 
 # ----- batches -----
