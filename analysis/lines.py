@@ -25,10 +25,8 @@ _LAYOUT = (
     b'"num_drafted":"num_accepted":"num_rows":"draft_s":"score_s":"verify_s":"finished":'
 )
 _NUMERIC = b"0123456789.-+e,"
-_SKELETONS = tuple(
-    _LAYOUT.translate(None, _NUMERIC) + end.translate(None, _NUMERIC) for end in (b"true}\n", b"false}\n")
-)
-_END = b"true}\n"
+_DONE, _RUNNING = (word.translate(None, _NUMERIC) for word in (b"true}", b"false}"))
+_SKELETON = _LAYOUT.translate(None, _NUMERIC) + _RUNNING + b"\n"
 _NEVER = b"\n"  # what no line begins with
 _LETTERS = b'abcdefghijklmnopqrstuvwxyz"_:{}\n'
 _LISTS = ("tokens", "nodes", "tree_tokens", "tree_parents")
@@ -56,48 +54,60 @@ class Heads:
         return self.codes[head]
 
 
-def fast_columns(lines: Sequence[bytes], heads: Heads) -> Columns | None:
-    """Columns of step lines, or None if one of them is not exactly as TraceWriter writes it."""
-    tails, codes, last, code = [], [], _NEVER, -1
-    for line in lines:
+def fast_columns(lines: Sequence[bytes], heads: Heads) -> tuple[Columns | None, list[int]]:
+    """Columns of the steps among ``lines``, or None if one is not exactly as TraceWriter writes it; and which lines are
+    no steps.
+    """
+    tails: list[bytes] = []
+    begins, codes, others = list[int](), list[int](), list[int]()
+    last, cut = _NEVER, 0
+    for number, line in enumerate(lines):
         if not line.startswith(last):
+            if not line.startswith(STEP):
+                others.append(number)
+                continue
             end = line.find(_ROW)
-            if end < 0:
-                return None
-            last = line[: end + 1]
-            try:
-                code = heads.code(line[:end])
-            except ValueError:
-                return None
-            cut = len(last)
+            if end < 0 or (code := _code(heads, line[:end])) < 0:
+                return None, []
+            last, cut = line[: end + 1], end + 1
+            begins.append(len(tails))
+            codes.append(code)
         tails.append(line[cut:])
-        codes.append(code)
-    text = b"".join(tails)
-    finished = [line.endswith(_END) for line in lines]
-    if not _fits(text, finished):
+    columns = _numbers(b"".join(tails), len(tails)) if tails else None
+    if columns is not None:
+        columns["label"] = np.repeat(codes, np.diff([*begins, len(tails)]))
+    return columns, others
+
+
+def _code(heads: Heads, head: bytes) -> int:
+    try:
+        return heads.code(head)
+    except ValueError:
+        return -1
+
+
+def _numbers(text: bytes, num_steps: int) -> Columns | None:
+    """The numbers of steps without their labels, if every line has the fixed layout."""
+    # What is left of a line without its numbers is the same for all.
+    skeleton = text.translate(None, _NUMERIC).replace(_DONE, _RUNNING)
+    if skeleton != _SKELETON * num_steps:
         return None
     pieces = text.replace(b"[", b"]").split(b"]")
+    flat = b"".join(pieces[0::8]).replace(b"e-", b"E-").translate(None, _LETTERS).replace(b",,", b",")
     try:
         lists = [np.fromstring(b",".join(pieces[i::8]), dtype=np.int64, sep=",") for i in (1, 3, 5, 7)]
-        flat = b"".join(pieces[0::8]).replace(b"e-", b"E-").translate(None, _LETTERS).replace(b",,", b",")
         scalars = np.fromstring(flat.strip(b","), dtype=np.float64, sep=",")
     except (ValueError, DeprecationWarning):
         return None
-    if len(scalars) != len(lines) * len(_SCALARS):
+    if len(scalars) != num_steps * len(_SCALARS):
         return None
-    table = scalars.reshape(len(lines), len(_SCALARS))
+    table = scalars.reshape(num_steps, len(_SCALARS))
     columns: Columns = {name: table[:, i] for i, name in enumerate(_SCALARS)}
     columns |= dict(zip(_LISTS, lists, strict=True))
-    columns |= {"finished": np.array(finished), "label": np.array(codes)}
-    kept, nodes = (int(columns[name].sum()) + len(lines) for name in ("num_accepted", "num_drafted"))
+    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
+    columns["finished"] = np.frombuffer(text, np.uint8)[ends - 3] == ord("u")  # of true, not of false
+    kept, nodes = (int(columns[name].sum()) + num_steps for name in ("num_accepted", "num_drafted"))
     return columns if [len(each) for each in lists] == [kept, kept, nodes, nodes] else None
-
-
-def _fits(text: bytes, finished: Sequence[bool]) -> bool:
-    """Whether every line has the fixed layout: what is left without numbers is the same for all."""
-    done, running = _SKELETONS
-    expected = b"".join([done if each else running for each in finished])
-    return text.translate(None, _NUMERIC) == expected
 
 
 def slow_columns(steps: Sequence[Mapping[str, Any]], codes: Sequence[int]) -> Columns:

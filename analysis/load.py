@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from specdec.analysis.columns import Label, Output, Run, Steps, Trace, offsets_of
-from specdec.analysis.lines import OPTIONAL, STEP, Columns, Heads, fast_columns, join, slow_columns
+from specdec.analysis.lines import OPTIONAL, Columns, Heads, fast_columns, join, slow_columns
 from specdec.trace import check_head, parse_line
 
 _CHUNK = 1 << 18  # bytes; small enough to stay in a processor's cache
@@ -85,19 +85,16 @@ class _File:
             except ValueError:
                 chunk = chunk[:-1]
                 self.warnings.append("the last line is cut short and was left out")
-        steps = [line for line in chunk if line.startswith(STEP)]
-        columns = fast_columns(steps, self.heads) if steps else None
+        columns, others = fast_columns(chunk, self.heads)
         if columns is not None:
             self.blocks.append(columns)
         slow: dict[int, dict[str, Any]] = {}
-        for number, raw in enumerate(chunk, first):
-            if columns is not None and raw.startswith(STEP):
-                continue
-            line = self._parse(raw, number)
+        for i in range(len(chunk)) if columns is None else others:
+            line = self._parse(chunk[i], first + i)
             if line["type"] == "step":
-                slow[number] = line
+                slow[first + i] = line
             else:
-                self._add_line(line, number)
+                self._add_line(line, first + i)
         if slow:
             self.blocks.append(self._slow(slow))
 
