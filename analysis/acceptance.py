@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from specdec.analysis.columns import Bools, Floats, Ints, Trace
 from specdec.analysis.intervals import Estimate, ratio_of_sums
+from specdec.analysis.nodes import sibling_ranks, tree_parents
 
 TOKEN_CLASSES = ("word start", "word part", "number", "punctuation", "space", "other")
 
@@ -87,7 +88,7 @@ def attempts(trace: Trace) -> Attempts:
     depth = np.arange(len(step)) - np.repeat(steps.kept_offsets[:-1], lengths)
     is_last = depth == lengths[step] - 1
     nodes = steps.nodes + steps.tree_offsets[step]  # numbered through all trees
-    parents = _parents(trace)
+    parents = tree_parents(trace)
     num_children = np.bincount(parents[parents >= 0], minlength=len(parents))
     # The text ended with this token: whether a draft of it would have been kept is not recorded.
     is_cut = is_last & steps.finished[step]
@@ -197,51 +198,6 @@ def token_class(text: str) -> str:
     return "punctuation" if all(each in string.punctuation or not each.isalnum() for each in word) else "other"
 
 
-def node_depths(trace: Trace) -> Ints:
-    """(M,) edges between the root of its tree and each node."""
-    parents = _parents(trace)
-    depth = np.zeros(len(parents), np.int64)
-    at, above = np.arange(len(parents)), parents
-    while True:
-        below = above >= 0
-        at, above = at[below], above[below]
-        if not len(at):
-            return depth
-        depth[at] += 1
-        above = parents[above]
-
-
-def sibling_ranks(trace: Trace) -> Ints:
-    """(M,) how many elder siblings each node has."""
-    parents = _parents(trace)
-    order = np.argsort(parents, kind="stable")
-    ordered = parents[order]
-    is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(ordered) else np.zeros(0, np.bool_)
-    starts = np.maximum.accumulate(np.where(is_first, np.arange(len(ordered)), 0))
-    ranks = np.empty(len(parents), np.int64)
-    ranks[order] = np.arange(len(ordered)) - starts
-    ranks[parents < 0] = 0
-    return ranks
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """What each step's tree (N,) looked like."""
-
-    levels: Ints  # edges from the root to the deepest node
-    leaves: Ints
-
-
-def tree_shapes(trace: Trace) -> Shapes:
-    """Depth and number of leaves of every tree."""
-    starts = trace.steps.tree_offsets[:-1]
-    if not len(starts):
-        return Shapes(starts, starts)
-    parents = _parents(trace)
-    is_leaf = np.bincount(parents[parents >= 0], minlength=len(parents)) == 0
-    return Shapes(np.maximum.reduceat(node_depths(trace), starts), np.add.reduceat(is_leaf.astype(np.int64), starts))
-
-
 def expected_length(rate: float, length: int) -> float:
     """Tokens a pass brings if every token of a chain is accepted with the same ``rate`` (Leviathan et al. 2023)."""
     return float(length + 1) if rate == 1 else (1 - rate ** (length + 1)) / (1 - rate)
@@ -288,13 +244,6 @@ def _by_question(
     where = codes[labels] if len(codes) else labels
     over, under = (np.bincount(where, values, len(questions)).astype(np.float64) for values in (over, under))
     return over, under
-
-
-def _parents(trace: Trace) -> Ints:
-    """(M,) parents, numbered through all trees; -1 for roots."""
-    steps = trace.steps
-    shift = np.repeat(steps.tree_offsets[:-1], np.diff(steps.tree_offsets))
-    return np.where(steps.tree_parents < 0, -1, steps.tree_parents + shift)
 
 
 def _confidence(trace: Trace) -> Floats:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.analysis.acceptance import tree_shapes
 from specdec.analysis.columns import BASELINE, PLAIN, Floats, Ints, Trace
 from specdec.analysis.intervals import Estimate, geometric_mean
+from specdec.analysis.nodes import tree_shapes
 
 MIN_PASSES = 3  # a size seen less often tells nothing of its cost
 

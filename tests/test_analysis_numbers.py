@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdec.analysis import acceptance, speedup
+from specdec.analysis import acceptance, nodes, speedup
 from specdec.analysis.columns import BASELINE
 from specdec.analysis.compare import compare
 from specdec.analysis.intervals import geometric_mean, ratio_of_sums
@@ -157,7 +157,7 @@ def test_the_fit_finds_the_costs_that_made_a_trace(trace: Any) -> None:
     from dataclasses import replace
 
     steps = trace.steps
-    levels = acceptance.tree_shapes(trace).levels
+    levels = nodes.tree_shapes(trace).levels
     made = replace(
         steps,
         score_s=0.03 + 0.002 * (steps.num_drafted + 1) + 5.0 * (steps.index == 0),
@@ -236,8 +236,8 @@ def test_depths_and_ranks_of_nodes(trace: Any) -> None:
             expected_ranks.append(0 if parent < 0 else seen[parent])
             seen[parent] += 1
         expected_depths += depth
-    assert acceptance.node_depths(trace).tolist() == expected_depths
-    assert acceptance.sibling_ranks(trace).tolist() == expected_ranks
+    assert nodes.node_depths(trace).tolist() == expected_depths
+    assert nodes.sibling_ranks(trace).tolist() == expected_ranks
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specdec.analysis.acceptance import attempts, mean_acceptance_length, tree_shapes
+from specdec.analysis.acceptance import attempts, mean_acceptance_length
 from specdec.analysis.columns import BASELINE, Ints, Label, Run, Trace
 from specdec.analysis.figures.style import MissingDataError
+from specdec.analysis.nodes import tree_shapes
 from specdec.analysis.speedup import speedups
 
 
