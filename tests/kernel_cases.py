@@ -54,9 +54,11 @@ def noise_keys(rows: int, seed: int = 0x9ABCDEF012345678, position: int = 40) ->
     return NoiseKeys(torch.tensor([signed]), ids * 3 + 1, ids * 7 + position)
 
 
-def find_nvcc() -> str | None:
-    """A working nvcc, or nothing."""
+def nvcc_unavailable() -> str:
+    """Why nvcc cannot compile here, or nothing."""
     place = shutil.which("nvcc")
     if place is None or subprocess.run([place, "--version"], capture_output=True, check=False).returncode:
-        return None
-    return place
+        return "nvcc was not found; install the CUDA toolkit to compile the kernels for GPUs"
+    return (
+        "" if shutil.which("g++") else "nvcc needs g++, which was not found; install it (Debian: apt-get install g++)"
+    )
