@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from specdec.accelerate import accelerated, packing_fault
-from specdec.files import write_json
 from specdec.cli.loading import model_facts
+from specdec.files import write_json
 from specdec.interfaces import Row
 from specdec.models import DEFAULT_MODEL, load_model
 from specdec.provenance import collect
