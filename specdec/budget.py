@@ -48,7 +48,7 @@ class Budget(Protocol):
         """What a step cost in wall seconds, and what was accepted."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FixedBudget:
     """Always up to ``max_nodes`` nodes below the root."""
 

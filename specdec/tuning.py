@@ -18,7 +18,7 @@ import numpy as np
 from specdec.budget import AdaptiveBudget, Budget, Calibration, FixedBudget, PassCosts, make_budget
 from specdec.decode import Decoder
 from specdec.drafters import make_drafter, parse_drafter
-from specdec.interfaces import DraftContext, Drafter, Limit, Row, Verdict, Verifier
+from specdec.interfaces import DraftContext, Drafter, Row, Verdict, Verifier
 from specdec.noise import PhiloxNoise
 from specdec.policy import ParamsPolicy
 from specdec.sampling import SamplingParams
@@ -103,17 +103,10 @@ class Draft:
 
 
 @dataclass(slots=True)
-class Recorder:
+class Recorder(FixedBudget):
     """A budget that lets everything through and writes down what came of it."""
 
-    max_nodes: int
     steps: list[tuple[list[Draft], float]] = field(default_factory=list)  # of all rows; seconds of drafting
-
-    def limits(self, rows: Sequence[Row], chain_only: bool) -> list[Limit]:
-        return FixedBudget(self.max_nodes).limits(rows, chain_only)
-
-    def cut(self, rows: Sequence[Row], trees: Sequence[TokenTree]) -> list[TokenTree]:
-        return list(trees)
 
     def learn(
         self,

@@ -12,9 +12,9 @@ import pytest
 import tinychat
 from tinychat import QUESTIONS
 
-from specdec.files import check_writable, write_json
 from specdec.drafters import DRAFTERS
 from specdec.drafters.ngram import NgramDrafter
+from specdec.files import check_writable, write_json
 from specdec.interfaces import Verdict
 from specdec.trace import read_trace
 from specdec.verifiers import VERIFIERS

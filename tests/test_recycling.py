@@ -9,46 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onerow import VOCAB, batch, make_model, propose
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import specdec
 from specdec.drafters import make_drafter
 from specdec.drafters.recycling import RecyclingDrafter, SuccessorTable
-from specdec.interfaces import DraftContext, Limit, Row, Scores, Step, Verdict
-from specdec.noise import PhiloxNoise
-from specdec.sampling import GREEDY
+from specdec.interfaces import DraftContext, Row, Scores, Step, Verdict
 from specdec.tree import TokenTree
-
-VOCAB = 61
-NOISE = PhiloxNoise(0)
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.15,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def batch(*rows: list[int]) -> dict[str, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    return {"input_ids": ids, "attention_mask": mask}
+    return make_model()
 
 
 def drafter(**options: Any) -> RecyclingDrafter:
     return RecyclingDrafter(VOCAB, **options)
-
-
-def propose(d: RecyclingDrafter, row: Row, depth: int = 8, nodes: int = 8, chain_only: bool = False) -> TokenTree:
-    (tree,) = d.propose([row], [Limit(depth, nodes, chain_only)], GREEDY, NOISE)
-    return tree
 
 
 def emit(d: RecyclingDrafter, row: Row, tree: TokenTree, nodes: Sequence[int], bonus: int, logits: Tensor) -> None:
