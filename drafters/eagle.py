@@ -93,7 +93,7 @@ def _build(
     num_tokens: int = 5,
     top_k: int = 4,
     nodes: int = 16,
-    min_confidence: float = 0.0,
+    min_confidence: float = 0.1,
 ) -> Drafter:
     target = engine_of(context.target, "eagle")
     place = find("eagle", "smollm2-135m-eagle3", target, path)
