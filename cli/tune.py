@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from specdec.tuning import Candidate, Setting
 
 EXAMPLE = "Example: specdec tune --drafter ngram --batch-size 1 --limit 16 --output tuned.json"
-_NUM_RACERS = 4
+_NUM_RACERS = 6
 _TREE_SIZES = (4, 8, 16, 32)  # with the root, as in the literature
 
 

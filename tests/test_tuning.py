@@ -9,6 +9,7 @@ import tinychat
 import torch
 
 import specdec
+from specdec import tuning
 from specdec.cli.synthetic import parse_acceptance, synthetic_pair
 from specdec.drafters.shapes import sequoia
 from specdec.interfaces import Limit, Row
@@ -123,7 +124,17 @@ def test_no_speculation_is_always_a_finalist():
     many = [Candidate("ngram", n, False, 2.0 - n / 10) for n in range(1, 9)] + [Candidate(NONE, 0, False, 1.0)]
     chosen = finalists(many, 4)
     assert chosen[0].drafter == NONE
-    assert [c.max_nodes for c in chosen[1:]] == [1, 2], "no more than two of a kind"
+    assert [c.max_nodes for c in chosen[1:]] == [1], "one of a kind"
+    pair = [Candidate("a", n, n == 3, 3.0 - n / 10) for n in (1, 2, 3)] + [Candidate("b:x=1", 8, False, 1.5)]
+    assert [(c.drafter, c.max_nodes) for c in finalists([*pair, many[-1]], 5)][1:] == [("a", 1), ("a", 3), ("b:x=1", 8)]
+
+
+def test_of_nearly_equal_racers_the_adaptive_one_is_taken() -> None:
+    fixed, adaptive = Candidate("a", 4, False, 2.0), Candidate("a", 8, True, 2.0)
+    fixed.measured, adaptive.measured = (2.0, 1.9, 2.1), (1.96, 1.8, 2.1)
+    assert max((fixed, adaptive), key=tuning._merit) is adaptive
+    adaptive.measured = (1.9, 1.8, 2.0)
+    assert max((fixed, adaptive), key=tuning._merit) is fixed
 
 
 def test_the_race_drops_what_is_surely_slower_and_returns_the_fastest():
