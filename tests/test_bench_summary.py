@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,6 +238,36 @@ def test_the_tolerance_fits_the_dtype():
         assert judge.tolerance == tolerance
         difference = judge.compare(PROMPT, 0, (best,), (second,), "q", 0)
         assert difference.is_explained == (difference.margin <= tolerance)
+
+
+class Rounding:
+    """A 16-bit model for which token 1 leads token 2 by 0.375, but by ``in_block`` where 8 tokens end the text at once."""
+
+    dtype, device = torch.bfloat16, "cpu"
+
+    def __init__(self, in_block: float) -> None:
+        self.in_block = in_block
+
+    def forward(self, **_: Any) -> None: ...
+
+    def __call__(self, input_ids: torch.Tensor, past_key_values: object = None, use_cache: bool = False) -> Any:
+        lead = self.in_block if past_key_values is not None and input_ids.shape[1] == 8 else 0.375
+        logits = torch.tensor([0.0, 9.0, 9.0 - lead, -5.0]).repeat(1, input_ids.shape[1], 1)
+        return SimpleNamespace(logits=logits, past_key_values=object())
+
+
+@pytest.mark.parametrize(("in_block", "is_explained"), [(0.0, True), (0.25, True), (0.3, False)])
+def test_in_16_bits_a_block_pass_of_the_model_itself_may_explain_a_difference(
+    in_block: float, is_explained: bool
+) -> None:
+    """Seen with SmolLM2 in bfloat16: 0.375 apart in one forward, tied where the last 8 tokens come as a block."""
+    judge = Judge(Rounding(in_block), GREEDY, 0)
+    found = judge.compare(list(range(20)), 0, (1,), (2,), "q", 0)
+    assert found is not None
+    assert (found.margin, found.is_explained) == (pytest.approx(in_block), is_explained)
+    worse = judge.compare(list(range(20)), 0, (1,), (3,), "q", 0)
+    assert worse is not None
+    assert not worse.is_explained
 
 
 def test_sampled_outputs_are_judged_by_the_scores_that_the_noise_makes(model):
