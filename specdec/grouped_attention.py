@@ -22,7 +22,7 @@ from specdec.errors import UnsupportedModelError
 from specdec.kernels.attention import KVView, tree_attention
 
 NAME = "specdec"
-_FEW = 8  # queries up to which 16-bit groups are faster as rows of one block (docs/log.md)
+_FEW = 8  # queries up to which 16-bit groups are faster as rows of one block
 
 
 def attention_forward(
