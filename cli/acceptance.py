@@ -1,4 +1,4 @@
-"""What a drafter accepts on a few prompts, greedy and one by one: for commands that have just made a drafter."""
+"""What a drafter accepts on a few prompts, greedy: for commands that have just made a drafter."""
 
 from __future__ import annotations
 
@@ -21,15 +21,23 @@ _NUM_TOKENS = 64
 
 
 def measure_acceptance(
-    model: Any, spec: str, questions: Sequence[Sequence[int]], max_nodes: int, draft_models: Sequence[Any] = ()
+    model: Any,
+    spec: str,
+    questions: Sequence[Sequence[int]],
+    max_nodes: int,
+    draft_models: Sequence[Any] = (),
+    num_rows: int = 1,
 ) -> Stats:
-    """Counts of drafter ``spec`` for ``model`` on the token ids of ``questions``, with trees of ``max_nodes`` nodes."""
+    """Counts of drafter ``spec`` for ``model`` on the token ids of ``questions``, ``num_rows`` of them at a time.
+
+    Trees have up to ``max_nodes`` nodes.
+    """
     engine, rule, ends = CausalLM(model), make_verifier("match"), eos_ids(model)
     drafter = make_drafter(spec, DraftContext(engine, rule, tuple(draft_models)))
     policy, noise, budget = ParamsPolicy(GREEDY), PhiloxNoise(0), FixedBudget(max_nodes)
     decoder = Decoder(engine, drafter, rule, policy, noise, lambda row: row.tokens[-1] in ends, budget)
     stats = Stats()
     rows = (Row(i, list(ids), len(ids) + _NUM_TOKENS) for i, ids in enumerate(questions))
-    for emission in decoder.run(rows, max_rows=1):
+    for emission in decoder.run(rows, num_rows):
         stats.add(emission.step)
     return stats

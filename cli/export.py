@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.cli import options
+from specdec.cli.text import tell
 from specdec.models import DEFAULT_MODEL, known_models, model_path
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def export(
     drafter, output = drafter.expanduser(), output.expanduser()
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; name a new folder")
-    model = load_model(target, dtype=dtype, device=device, progress=_tell)
+    model = load_model(target, dtype=dtype, device=device, progress=tell)
     facts = target_facts(model)
     trained = read_json(drafter / "config.json").get("specdec_target")
     if trained and (fault := mismatch(trained, facts)):
@@ -77,7 +77,7 @@ def export(
     if measure > 0:
         stats = chain_acceptance(output, target, model, measure)
         write_json(output / "acceptance.json", acceptance_facts(stats))
-        _tell(f"mean acceptance length of a chain of {_NUM_TOKENS}: {stats.mean_acceptance_length:.2f}")
+        tell(f"mean acceptance length of a chain of {_NUM_TOKENS}: {stats.mean_acceptance_length:.2f}")
     print(commands[engine])
 
 
@@ -138,7 +138,3 @@ def _stored_dtype(folder: Path) -> Any:
 def _readme(target: str, commands: dict[Engine, str]) -> str:
     blocks = "\n".join(f"{engine}:\n\n```sh\n{command}\n```\n" for engine, command in commands.items())
     return f"# EAGLE-3 draft head for {target}\n\nWritten by `specdec export eagle3`.\n\n{blocks}"
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from specdec.accelerate import accelerated
+from specdec.cli.text import tell
 from specdec.errors import ModelUnavailableError, UnsupportedModelError
 from specdec.models import is_fetched, known_models, load_model, load_tokenizer, model_path
 from specdec.target import CausalLM
@@ -45,11 +45,11 @@ def load(
     Raises:
         ModelUnavailableError, UnsupportedModelError, ValueError: in words that say what to do.
     """
-    model = load_model(target, dtype=dtype, device=device, progress=_tell)
-    tokenizer = load_tokenizer(target, progress=_tell)
+    model = load_model(target, dtype=dtype, device=device, progress=tell)
+    tokenizer = load_tokenizer(target, progress=tell)
     for name in draft_models:
         _check_tokenizers(tokenizer, name)
-    drafts = tuple(load_model(name, dtype=dtype, device=device, progress=_tell) for name in draft_models)
+    drafts = tuple(load_model(name, dtype=dtype, device=device, progress=tell) for name in draft_models)
 
     def ours(plain: Any) -> Any:
         return accelerated(plain, in_place=not compare) if accelerate else plain
@@ -64,7 +64,7 @@ def _check_tokenizers(tokenizer: Any, draft_model: str) -> None:
         UnsupportedModelError: fewer than 99 of 100 token ids agree.
     """
     try:
-        other = load_tokenizer(draft_model, progress=_tell)
+        other = load_tokenizer(draft_model, progress=tell)
     except (ModelUnavailableError, ValueError):
         return
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
@@ -123,7 +123,3 @@ def model_facts(name: str) -> dict[str, Any]:
         source = json.loads((model_path(name) / "specdec_source.json").read_text("utf-8"))
         facts |= {key: source[key] for key in ("source", "sha256", "member", "conversion_version")}
     return facts
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

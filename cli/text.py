@@ -1,7 +1,8 @@
-"""Tokens to text as they come: characters split over tokens wait for their rest, spaces come out as in the whole."""
+"""Text for the user: lines of progress, and tokens as they come, put together as in the whole text."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
@@ -37,3 +38,8 @@ class TextStream:
         ids = self._ids[self._start : end]
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+def tell(line: str) -> None:
+    """Progress for the user, apart from what a command prints."""
+    print(line, file=sys.stderr, flush=True)

@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from specdec.cli import options
-from specdec.cli.train_data import SELF, Source, tell
+from specdec.cli.text import tell
+from specdec.cli.train_data import SELF, Source
 from specdec.models import DEFAULT_MODEL, known_models, load_model, load_tokenizer
 
 EXAMPLE = "Example: specdec train eagle --conversations 2000 --minutes 30 --output my-eagle"
 _NUM_JUDGES = 24  # held-out questions that the finished drafter is judged on
 _JUDGED_TOGETHER = 8
+_JUDGED_NODES = 16
 _PATIENCE = timedelta(days=7)  # of the processes that wait while the first one makes the data
 
 
@@ -107,28 +109,11 @@ def load_plain(target: str, dtype: str, device: str) -> tuple[Any, Any]:
 
 def acceptance(kind: Kind, folder: Path, model: Any, questions: list[list[int]]) -> float:
     """Mean acceptance length of the finished drafter with the tree that it would draft, greedy."""
-    from specdec.budget import FixedBudget
-    from specdec.cli.loading import eos_ids
-    from specdec.decode import Decoder
-    from specdec.drafters import make_drafter
-    from specdec.interfaces import DraftContext, Row
-    from specdec.metrics import Stats
-    from specdec.noise import PhiloxNoise
-    from specdec.policy import ParamsPolicy
-    from specdec.sampling import GREEDY
-    from specdec.target import CausalLM
-    from specdec.verifiers import make_verifier
+    from specdec.cli.acceptance import measure_acceptance
 
-    engine, rule, ends = CausalLM(model), make_verifier("match"), eos_ids(model)
     drafts = (load_model(str(folder), dtype="auto", device=str(model.device)),) if kind is Kind.DRAFT else ()
-    name = "model:shape=best-first" if kind is Kind.DRAFT else f"{kind}:path={folder}"
-    drafter = make_drafter(name, DraftContext(engine, rule, drafts))
-    decoder = Decoder(
-        engine, drafter, rule, ParamsPolicy(GREEDY), PhiloxNoise(0), lambda row: row.tokens[-1] in ends, FixedBudget(16)
-    )
-    stats = Stats()
-    for emission in decoder.run((Row(i, ids, len(ids) + 64) for i, ids in enumerate(questions)), _JUDGED_TOGETHER):
-        stats.add(emission.step)
+    spec = "model:shape=best-first" if kind is Kind.DRAFT else f"{kind}:path={folder}"
+    stats = measure_acceptance(model, spec, questions, _JUDGED_NODES, drafts, _JUDGED_TOGETHER)
     return stats.mean_acceptance_length
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specdec.cli.text import tell
 from specdec.models import cache_dir
 
 if TYPE_CHECKING:
@@ -128,7 +128,3 @@ class Progress:
         since, first = self._started
         rate = f" ({(done - first) / (now - since):.1f} a second)" if now > since and done > first else ""
         tell(f"{self.what}: {done} of {total}{', ' + more if more else ''}{rate}")
-
-
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

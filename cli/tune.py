@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.cli import options
+from specdec.cli.text import tell
 from specdec.defaults import DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.models import DEFAULT_MODEL
 from specdec.prompts import BUILTIN
@@ -142,16 +143,16 @@ def _tune(
 
     full = prompts * (-(-size // len(prompts)))  # fewer prompts than rows: some twice
     batches = [full[i : i + size] for i in range(0, len(full) - size + 1, size)]
-    _tell(f"batch size {size}: what passes cost")
+    tell(f"batch size {size}: what passes cost")
     curve = measure_curve(setting, sorted(batches[0], key=len))
     known = batches[::2]
     records = []
     for spec in specs:
-        _tell(f"batch size {size}: what {spec} proposes")
+        tell(f"batch size {size}: what {spec} proposes")
         records.append(record(setting, spec, known, max_nodes))
     candidates = predict(records, curve, size, max_nodes)
     racers = finalists(candidates, _NUM_RACERS)
-    _tell(f"batch size {size}: racing {', '.join(map(str, racers))}")
+    tell(f"batch size {size}: racing {', '.join(map(str, racers))}")
     started = time.monotonic()
     best = race(setting, racers, [*batches[1::2], *known], curve, lambda: time.monotonic() - started > seconds)
     _print(size, racers, best, curve)
@@ -207,7 +208,3 @@ def _show_trees(path: Path) -> None:
             shape = sequoia(entry.acceptance_table, size - 1)
             expected = shape.expected_tokens(entry.acceptance_table)
             print(f"\n{size} nodes with the root: {expected:.2f} tokens a step\n{shape.render(entry.acceptance_table)}")
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

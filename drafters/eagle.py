@@ -49,7 +49,7 @@ class EagleDrafter:
     @property
     def is_drawing(self) -> bool:
         """Whether its nodes are drawn: then all of them must be verified."""
-        return self.children not in (Children.CERTAIN, Children.COUPLED)
+        return self.children.is_drawn
 
     def begin(self, rows: Sequence[Row]) -> None:
         self.engine.open(rows)

@@ -33,6 +33,11 @@ class Children(StrEnum):
     WITHOUT_REPLACEMENT = "without_replacement"  # k draws, each from what is left (Sequoia, RSD)
     TOP_PLUS_ONE = "top_plus_one"  # one draw from q without its top k - 1, and those (greedy multi-draft)
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether any of them is drawn; the others are picked with certainty."""
+        return self not in (Children.CERTAIN, Children.COUPLED)
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -177,7 +182,7 @@ class Growing:
     @property
     def _may_drop(self) -> bool:
         """Only nodes picked with certainty may be left out for being improbable."""
-        return self.children in (Children.CERTAIN, Children.COUPLED) or self.params.is_greedy
+        return not self.children.is_drawn or self.params.is_greedy
 
     def _unrepeated(self, nodes: Sequence[int]) -> list[int]:
         seen: set[tuple[int, int]] = set()

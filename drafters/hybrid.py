@@ -57,22 +57,20 @@ class HybridDrafter:
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
     ) -> list[TokenTree]:
         proposals: list[list[TokenTree]] = [[] for _ in self.parts]
+        calibrated: list[list[TokenTree]] = [[] for _ in self.parts]
         promised = [0.0] * len(rows)
         for k in sorted(range(len(self.parts)), key=lambda k: _is_costly(self.parts[k])):
             part, shares = self.parts[k], self._share(self.parts[k], limits)
-            if not _is_costly(part):
-                proposals[k] = part.propose(rows, shares, params, noise)
-                promised = [max(p, self._promise(k, tree)) for p, tree in zip(promised, proposals[k], strict=True)]
-                continue
-            none = (replace(share, depth=0, nodes=0) for share in shares)
-            shares = [n if p >= self.enough else s for s, n, p in zip(shares, none, promised, strict=True)]
+            is_costly = _is_costly(part)
+            if is_costly:
+                none = (replace(share, depth=0, nodes=0) for share in shares)
+                shares = [n if p >= self.enough else s for s, n, p in zip(shares, none, promised, strict=True)]
             proposals[k] = part.propose(rows, shares, params, noise)
-        trees = []
-        for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
-            own = [self._calibrated(k, proposal[i]) for k, proposal in enumerate(proposals)]
-            self._proposed[row] = [proposal[i] for proposal in proposals]
-            trees.append(_combine(own, limit))
-        return trees
+            calibrated[k] = [self._calibrated(k, tree) for tree in proposals[k]]
+            if not is_costly:
+                promised = [max(p, sum(t.estimates[1:])) for p, t in zip(promised, calibrated[k], strict=True)]
+        self._proposed.update(zip(rows, map(list, zip(*proposals, strict=True)), strict=True))
+        return [_combine(own, limit) for own, limit in zip(zip(*calibrated, strict=True), limits, strict=True)]
 
     def observe(
         self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
@@ -97,10 +95,6 @@ class HybridDrafter:
             return [replace(limit, depth=0, nodes=0) for limit in limits]
         count = 1 if limits and limits[0].chain_only else len(self._drawing)
         return [replace(limit, nodes=limit.nodes // count) for limit in limits]
-
-    def _promise(self, part: int, tree: TokenTree) -> float:
-        """How many tokens of a tree are likely to be accepted."""
-        return sum(self._calibrations[part].values(tree)[1:]) if tree.estimates else 0.0
 
     def _calibrated(self, part: int, tree: TokenTree) -> TokenTree:
         if not tree.estimates:

@@ -182,7 +182,7 @@ def _build(
     if choices == "static" and not has_static:
         raise ValueError(f"the heads at {place} hold no measured choices or accuracies; use choices=dynamic")
     chosen = choose_children(children, context.verifier.is_coupled, Shape())
-    if chosen not in (Children.CERTAIN, Children.COUPLED):
+    if chosen.is_drawn:
         if children is not None:
             raise ValueError(f"medusa's children are certain or coupled, got {children!r}: its heads draw no paths")
         chosen = Children.CERTAIN

@@ -154,15 +154,6 @@ def test_make_targets_in_documents_exist() -> None:
 # ----- code -----
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token for each byte: needs no file."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

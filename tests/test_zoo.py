@@ -36,13 +36,7 @@ chain_families = pytest.mark.parametrize("family", CHAIN, ids=lambda f: f.name)
 NUM_NODES, MAX_DEPTH = 14, 6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny matrices: a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache
