@@ -110,6 +110,15 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(
     assert without_time(facts) == without_time(whole[1])
 
 
+@pytest.fixture
+def listens_to_ctrl_c() -> Iterator[None]:
+    """A shell starts background jobs deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens_to_ctrl_c")
 def test_ctrl_c_while_weights_change_waits_until_they_all_have(
     tmp_path: Path, whole: tuple[list[Tensor], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
