@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from specdec.accelerate import accelerated, packing_fault
+from specdec.accelerate import accelerated
 from specdec.cli.loading import model_facts
 from specdec.files import write_json
 from specdec.interfaces import Row
 from specdec.models import DEFAULT_MODEL, load_model
+from specdec.packed_linear import packing_fault
 from specdec.provenance import collect
 from specdec.target import CausalLM
 from specdec.tree import TokenTree

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.accelerate import is_accelerated, pack
 from specdec.attention import visibility
 from specdec.cache import RaggedCache
 from specdec.drafters.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.shipped import draft_dtype
 from specdec.interfaces import Row, Scores
+from specdec.packed_linear import is_packed, pack
 from specdec.passes import Lines, Part, in_lockstep, mask_plan, pass_slots
 from specdec.target import PREFILL_CHUNK, CausalLM
 from specdec.tree import TokenTree
@@ -44,7 +44,7 @@ class EagleEngine:
             share_output(cell, target.model)
         self.dtype = draft_dtype(target)
         self.cell = cell.to(target.device, self.dtype).eval()
-        if is_accelerated(target.model):
+        if is_packed(target.model):
             pack(self.cell)
         self.layers: tuple[int, ...] = ()
         if isinstance(cell, EagleCell):

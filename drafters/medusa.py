@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.accelerate import is_accelerated, pack
 from specdec.drafters.growth import Children, Shape, choose_children
 from specdec.drafters.medusa_heads import MedusaHeads, load_medusa
 from specdec.drafters.ranking import DraftVocab, ranking
@@ -22,6 +21,7 @@ from specdec.drafters.shapes import Path, StaticShape, Table, greedy_growth
 from specdec.drafters.shipped import draft_dtype, engine_of, find, kept, version
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.noise import Noise
+from specdec.packed_linear import is_packed, pack
 from specdec.sampling import SamplingParams
 from specdec.target import CausalLM
 from specdec.tree import TokenTree, best_part
@@ -59,7 +59,7 @@ class MedusaDrafter:
         self._dtype = draft_dtype(self.target)
         self.heads = self.heads.to(self.target.device, self._dtype).eval()
         self._output = kept(self.target, ("medusa output", self.heads), self._output_layer)
-        if is_accelerated(self.target.model):
+        if is_packed(self.target.model):
             pack(self.heads)
         if self.heads.draft_vocab is not None:
             self._vocab = DraftVocab(self.heads.draft_vocab, self.target.vocab_size)
@@ -77,7 +77,7 @@ class MedusaDrafter:
             if bias is not None:
                 part.bias.copy_(bias[ids])
         whole = nn.Sequential(part)
-        if is_accelerated(self.target.model):
+        if is_packed(self.target.model):
             pack(whole)
         return whole
 

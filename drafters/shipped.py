@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from specdec.accelerate import is_accelerated, packing_fault
 from specdec.drafters.checkpoint_io import CONFIG, read_json
 from specdec.errors import UnsupportedModelError
+from specdec.packed_linear import is_packed, packing_fault
 from specdec.target import CausalLM
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ def draft_dtype(target: CausalLM) -> torch.dtype:
     Drafts decide how fast the text comes, never what it says, and on a CPU half the bytes is half the time.
     """
     dtype: torch.dtype = target.model.dtype
-    if dtype is torch.float32 and is_accelerated(target.model) and not packing_fault(torch.bfloat16):
+    if dtype is torch.float32 and is_packed(target.model) and not packing_fault(torch.bfloat16):
         return torch.bfloat16
     return dtype
 

@@ -1,63 +1,17 @@
-"""Faster passes on a CPU: linear layers laid out once for oneDNN's small-batch kernels, and grouped attention.
+"""Faster passes on a CPU: packed linear layers, decoder layers in few operators, and grouped attention.
 
-PyTorch's own float32 path is slow for 2 to 16 rows, which is what verifying a draft needs; with the weights reordered
-once the same products take less than half the time (docs/log.md). The operators are private to PyTorch (its compiler
-emits them), so they are tried before use, and everything falls back to the plain layers where they are missing.
+Everything falls back to the plain layers where a part does not fit.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
-
+from specdec.fused_layer import fuse
 from specdec.grouped_attention import NAME as GROUPED
-
-_MIN_SIZE = 64  # smaller layers gain nothing
-_ROWS_HINT = 16  # rows of a typical verification pass
-
-
-class PackedLinear(nn.Module):
-    """y = x W^T + b with W in oneDNN's own layout; for inference only."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)
-        self.bias = None if bias is None else bias.detach()
-
-    @property
-    def weight(self) -> Tensor:
-        """A plain copy (out, in): some models look at a layer's weight."""
-        plain: Tensor = self.packed.to_dense()
-        return plain
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y
-
-
-@cache
-def packing_fault(dtype: torch.dtype) -> str:
-    """Why weights of ``dtype`` cannot be packed here; empty if they can."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"packed layers exist for float32 and bfloat16, not for {dtype}"
-    if not torch._C._has_mkldnn:
-        return "this PyTorch was built without oneDNN"
-    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this processor has no bfloat16 instructions that oneDNN uses"
-    try:
-        weight, x = torch.randn(96, 64, dtype=dtype), torch.randn(2, 3, 64, dtype=dtype)
-        expected = nn.functional.linear(x, weight)
-        error = (PackedLinear(weight, None)(x) - expected).abs().max()
-    except (RuntimeError, AttributeError, NotImplementedError) as failure:
-        return f"PyTorch's packed linear layers do not work here: {str(failure).splitlines()[0]}"
-    return "" if float(error) < 0.5 else f"PyTorch's packed linear layers are wrong here by {float(error)}"
-
+from specdec.packed_linear import pack, packing_fault
 
 _COPIES: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
 
@@ -71,7 +25,7 @@ def accelerated_copy(model: Any) -> Any:
 
 
 def accelerated(model: Any, in_place: bool = False) -> Any:
-    """``model`` with packed linear layers, and attention that repeats no heads if it ran on ``sdpa``.
+    """``model`` with packed linear layers and, if it ran on ``sdpa``, fused decoder layers and grouped attention.
 
     Args:
         model: a transformers model on the CPU; elsewhere, or where packing is impossible, it is returned as it is.
@@ -84,36 +38,8 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
     if not in_place:
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         model = copy.deepcopy(model, shared)
-    pack(model)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED)
+        fuse(model)
+    pack(model)
     return model
-
-
-def is_accelerated(model: Any) -> bool:
-    """Whether ``model`` runs on packed layers."""
-    return any(isinstance(module, PackedLinear) for module in model.modules())
-
-
-def pack(module: nn.Module) -> None:
-    """Replace the linear layers below ``module``, whose weights must be of a type that can be packed."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            packed = _packed(child)
-            if packed is not None:
-                setattr(parent, name, packed)
-
-
-@torch.no_grad()
-def _packed(layer: nn.Module) -> PackedLinear | None:
-    """The packed form of a plain linear layer (or GPT-2's transposed one); None for anything else."""
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if type(layer) is nn.Linear:
-        plain = weight
-    elif type(layer).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        plain = weight.t().contiguous()
-    else:
-        return None
-    if plain is None or min(plain.shape) < _MIN_SIZE or plain.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    return PackedLinear(plain, bias)

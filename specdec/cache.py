@@ -58,13 +58,14 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         now = self.current
-        lines = buffer[now.first_row : now.first_row + states.shape[0]]
+        is_whole = states.shape[0] == buffer.shape[0]
+        lines = buffer if is_whole else buffer.narrow(0, now.first_row, states.shape[0])
         if now.slots is None:
-            lines[:, :, now.start : now.start + states.shape[2]] = states
+            lines.narrow(2, now.start, states.shape[2]).copy_(states)
         else:
             rows = torch.arange(states.shape[0], device=states.device)[:, None]
             lines[rows, :, now.slots] = states.transpose(1, 2)
-        return lines[:, :, : now.width]
+        return lines.narrow(2, 0, now.width)
 
     def _grown(self, buffer: Tensor) -> Tensor:
         rows, heads, capacity, size = buffer.shape

@@ -22,7 +22,7 @@ from specdec.errors import UnsupportedModelError
 from specdec.kernels.attention import KVView, tree_attention
 
 NAME = "specdec"
-_FEW = 8  # queries up to which 16-bit groups are faster as rows of one block
+_FEW = 32  # queries up to which groups are faster as rows of one block
 
 
 def attention_forward(
@@ -52,10 +52,10 @@ def attention_forward(
     if groups == 1 or not sees_all or not shared_mask or dropout or query.is_cuda or "position_bias" in kwargs:
         arguments = (dropout, scaling, is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, *arguments, **kwargs)  # type: ignore[no-any-return]
-    if num_queries <= _FEW and query.dtype != torch.float32:
+    if num_queries <= _FEW and (num_queries > 1 or query.dtype != torch.float32):
         batch, heads, _, size = query.shape
         rows = query.reshape(batch, key.shape[1], groups * num_queries, size)
-        mask = None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1)
+        mask = None if attention_mask is None else _repeated(attention_mask, groups, query.dtype)
         out = nn.functional.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
         out = out.reshape(batch, heads, num_queries, value.shape[-1])
     else:
@@ -63,6 +63,18 @@ def attention_forward(
             query, key, value, attention_mask, scale=scaling, enable_gqa=True
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _repeated(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, groups T, W) additive; kept with ``mask``, which all layers of a pass share."""
+    known: Tensor | None = getattr(mask, "specdec_repeated", None)
+    if known is None or known.shape[2] != groups * mask.shape[2] or known.dtype != dtype:
+        if mask.dtype == torch.bool:
+            known = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf).repeat(1, 1, groups, 1)
+        else:
+            known = mask.to(dtype).repeat(1, 1, groups, 1)
+        mask.specdec_repeated = known  # type: ignore[attr-defined]
+    return known
 
 
 def _tree_attention(

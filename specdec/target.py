@@ -229,8 +229,9 @@ class CausalLM:
         input_ids = torch.tensor([[0] * (num_columns - len(c)) + c for c in columns], device=self.device)
         is_plain = self._is_plain(parts)
         start = max(part.start for part in parts)
-        width = start + num_columns if is_plain else max(part.start + num_columns for part in parts)
-        slots = None if is_plain else pass_slots(parts, num_columns).to(self.device)
+        width = start + num_columns
+        is_dense = is_plain or len(parts) == 1  # a row alone fills its slots in order
+        slots = None if is_dense else pass_slots(parts, num_columns).to(self.device)
         self._cache.begin_pass(parts[0].line.index, start, width, slots)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,

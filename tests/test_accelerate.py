@@ -18,9 +18,10 @@ from transformers import (
 
 import specdec
 from specdec import accelerate, grouped_attention
-from specdec.accelerate import PackedLinear, accelerated, accelerated_copy, packing_fault
+from specdec.accelerate import accelerated, accelerated_copy
 from specdec.grouped_attention import attention_forward
 from specdec.interfaces import Row
+from specdec.packed_linear import PackedLinear, packing_fault
 from specdec.target import CausalLM
 from specdec.tree import TokenTree
 

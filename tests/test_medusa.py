@@ -11,7 +11,6 @@ from torch import Tensor
 from trained import random_medusa, tiny_target
 from transformers import LlamaForCausalLM
 
-from specdec.accelerate import is_accelerated, pack, packing_fault
 from specdec.budget import FixedBudget
 from specdec.decode import Decoder
 from specdec.drafters import shipped
@@ -22,6 +21,7 @@ from specdec.drafters.shipped import mismatch, target_facts
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Limit, Row
 from specdec.noise import Noise, PhiloxNoise
+from specdec.packed_linear import is_packed, pack, packing_fault
 from specdec.policy import ParamsPolicy
 from specdec.sampling import GREEDY, SamplingParams
 from specdec.target import CausalLM
@@ -149,7 +149,7 @@ def test_heads_of_an_accelerated_target_are_packed_and_say_the_same(vocab: list[
     expected = plain._logits(hidden)
     pack(model)
     packed = MedusaDrafter(random_medusa(model, vocab), CausalLM(model))
-    assert is_accelerated(packed.heads)
+    assert is_packed(packed.heads)
     # Beside a packed float32 target heads run in bfloat16 where the processor has it.
     tolerance = 1e-3 if packed._dtype is torch.float32 else 0.02 * float(expected.abs().max())
     torch.testing.assert_close(packed._logits(hidden).float(), expected, atol=tolerance, rtol=1e-3)

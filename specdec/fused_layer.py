@@ -1,0 +1,251 @@
+"""Decoder layers of the common kind in a dozen operators: what is left to gain on a CPU once linear layers are packed.
+
+A layer of Llama's kind (two norms, attention with rotary positions, a gated MLP) runs as some sixty operators and a
+dozen Python modules, which cost as much as its matrix products where only a few tokens are processed. Here the
+products with one input are one product, rotations are two operators, and modules that only pass on are left out.
+What a layer is, is read from the names that its code uses, never from the name of its class, and a fused layer is
+taken only if it gives what the original gave in a trial pass of the model. Letters: B rows, T tokens, H hidden size,
+h query heads, G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from specdec.capture import decoder_layers
+from specdec.packed_linear import MIN_SIZE, PackedLinear, PackedSlice
+
+_KEYWORDS = frozenset("attention_mask position_ids past_key_values use_cache position_embeddings".split())
+_PARTS = frozenset("input_layernorm self_attn post_attention_layernorm mlp".split())
+_PROJECTIONS = frozenset("q_proj k_proj v_proj o_proj".split())
+_HEAD_NORMS = frozenset("q_norm k_norm".split())
+_MLP_PARTS = frozenset("gate_proj up_proj down_proj act_fn".split())
+_LAYER_NAMES = _PARTS | _KEYWORDS | {"hidden_states"}
+_ATTENTION_NAMES = (
+    _PROJECTIONS
+    | _HEAD_NORMS
+    | frozenset(
+        "shape head_dim view transpose reshape contiguous apply_rotary_pos_emb update layer_idx getattr"
+        " ALL_ATTENTION_FUNCTIONS get_interface config _attn_implementation eager_attention_forward"
+        " training attention_dropout dropout scaling sliding_window use_rope".split()
+    )
+)
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest output: another order of summation
+
+
+class FusedLayer:
+    """The forward of one decoder layer; a drop-in for ``layer.forward``.
+
+    Takes the weights of ``layer`` into packed matrices of its own and leaves views of these in their place.
+    """
+
+    def __init__(self, layer: nn.Module, rotation: Rotation) -> None:
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        self.attention = attention
+        self.rotation = rotation if getattr(attention, "use_rope", True) else None
+        self.head_dim: int = attention.head_dim
+        self.num_q: int = attention.q_proj.weight.shape[0] // self.head_dim
+        self.num_kv: int = attention.k_proj.weight.shape[0] // self.head_dim
+        self.norms: tuple[Norm, Norm] = (norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm))
+        self.q_norm: Norm | None = norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.k_norm: Norm | None = norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None
+        self.qkv = merged(attention, ("q_proj", "k_proj", "v_proj"))
+        self.gate_up = merged(mlp, ("gate_proj", "up_proj"))
+        attention.o_proj = self.out = PackedLinear.of(attention.o_proj)
+        mlp.down_proj = self.down = PackedLinear.of(mlp.down_proj)
+        self.act: Callable[[Tensor], Tensor] = silu if is_silu(mlp.act_fn) else mlp.act_fn
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, T, H) from ``hidden_states`` (B, T, H); the other arguments are those of the layer."""
+        mixed = self._attend(self.norms[0](hidden_states), attention_mask, past_key_values, position_embeddings, kwargs)
+        hidden_states = self.out.plus(mixed, hidden_states)
+        gate, up = self.gate_up(self.norms[1](hidden_states)).chunk(2, -1)
+        return self.down.plus(self.act(gate) * up, hidden_states)
+
+    def _attend(
+        self, x: Tensor, mask: Tensor | None, cache: Any, position_embeddings: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """(B, T, h D) from the normed ``x`` (B, T, H)."""
+        batch, num_tokens, _ = x.shape
+        attention, size = self.attention, self.head_dim
+        heads = self.qkv(x).view(batch, num_tokens, -1, size).transpose(1, 2)
+        rotated, value = heads.split((self.num_q + self.num_kv, self.num_kv), 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = rotated.split((self.num_q, self.num_kv), 1)
+            rotated = torch.cat((self.q_norm(query), self.k_norm(key)), 1)
+        if self.rotation is not None:
+            rotated = self.rotation(rotated, *position_embeddings)
+        query, key = rotated.split((self.num_q, self.num_kv), 1)
+        if cache is not None:
+            key, value = cache.update(key, value, attention.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        out, _ = attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **kwargs)
+        return out.view(batch, num_tokens, -1)  # type: ignore[no-any-return]
+
+
+Norm = Callable[[Tensor], Tensor]
+
+
+class Rotation:
+    """Rotary positions; what all layers of a pass have in common is computed once."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Tensor, Tensor] | None = None
+        self._cos = self._sin = torch.empty(0)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``x`` (B, heads, T, D) turned by ``cos`` and ``sin`` (B, T, D), halves against each other."""
+        half = cos.shape[-1] // 2
+        if self._of is None or self._of[0] is not cos or self._of[1] is not sin:
+            self._of = (cos, sin)
+            self._cos = cos.unsqueeze(1)
+            self._sin = torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(1)
+        return x * self._cos + torch.roll(x, half, -1) * self._sin
+
+
+def norm_of(module: Any) -> Norm:
+    """``module`` as one fused operator if that is the same to the last bit, else ``module`` itself."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return module  # type: ignore[no-any-return]
+    shape = tuple(weight.shape)
+
+    def fused(x: Tensor) -> Tensor:
+        return torch.rms_norm(x, shape, None, eps) * weight
+
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([0.01, 0.1, 1.0, 10.0, 100.0])[:, None]
+    x = (torch.randn(5, shape[0], generator=generator) * scales).to(weight.dtype)[None]
+    return fused if torch.equal(fused(x), module(x)) else module
+
+
+def is_silu(act: nn.Module) -> bool:
+    x = torch.linspace(-8, 8, 64)
+    return torch.equal(act(x), silu(x))
+
+
+def merged(parent: nn.Module, names: Sequence[str]) -> PackedLinear:
+    """One packed layer for all of ``names`` below ``parent``, which become views of it."""
+    layers = [getattr(parent, name) for name in names]
+    weight = torch.cat([layer.weight for layer in layers])
+    biases = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    whole = PackedLinear(weight, None if all(layer.bias is None for layer in layers) else torch.cat(biases))
+    start = 0
+    for name, layer in zip(names, layers, strict=True):
+        setattr(parent, name, PackedSlice(whole, start, len(layer.weight)))
+        start += len(layer.weight)
+    return whole
+
+
+def fuse(model: Any) -> int:
+    """Fuse the decoder layers of ``model`` that can be fused, in place; returns how many those are."""
+    layers = _candidates(model)
+    calls = _trial(model, layers) if layers else {}
+    rotation, count = Rotation(), 0
+    for layer, (args, kwargs, expected) in calls.items():
+        children = {module: dict(module.named_children()) for module in (layer.self_attn, layer.mlp)}
+        fused = FusedLayer(layer, rotation)
+        if _is_equal(fused, args, kwargs, expected):
+            layer.forward = fused
+            count += 1
+        else:
+            for module, named in children.items():
+                for name, child in named.items():
+                    setattr(module, name, child)
+    return count
+
+
+def _candidates(model: Any) -> list[Any]:
+    """The decoder layers that are built and written like those that are known."""
+    try:
+        layers = list(decoder_layers(model))
+    except (ValueError, AttributeError):
+        return []
+    return [layer for layer in layers if _is_known(layer)]
+
+
+def _is_known(layer: Any) -> bool:
+    """Whether a layer has the parts of Llama's, all linear ones plain, and its code uses nothing else."""
+    if _children(layer) != _PARTS:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    if _children(attention) not in (_PROJECTIONS, _PROJECTIONS | _HEAD_NORMS) or _children(mlp) != _MLP_PARTS:
+        return False
+    linear = [getattr(attention, name) for name in _PROJECTIONS] + [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return (
+        all(type(child) is nn.Linear and min(child.weight.shape) >= MIN_SIZE for child in linear)
+        and not any(_is_changed(module) for module in layer.modules())
+        and _names(layer) <= _LAYER_NAMES
+        and _names(attention) <= _ATTENTION_NAMES
+        and _names(mlp) <= _MLP_PARTS
+    )
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _names(module: nn.Module) -> set[str]:
+    """The globals, attributes, keywords and strings that the code of a module's forward uses."""
+    forward: Any = type(module).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    names = set(forward.__code__.co_names)
+    for constant in forward.__code__.co_consts:
+        if isinstance(constant, str) and constant != forward.__doc__:
+            names.add(constant)
+        elif isinstance(constant, tuple):
+            names.update(word for word in constant if isinstance(word, str))
+    return names
+
+
+def _is_changed(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@torch.no_grad()
+def _trial(model: Any, layers: Sequence[Any]) -> dict[Any, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
+    """How the model calls its layers in a small pass, and what they return; empty if it cannot be called like this."""
+    calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
+
+    def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(output, Tensor) and len(args) == 1 and set(kwargs) <= _KEYWORDS:
+            calls[layer] = (args, kwargs, output)
+
+    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    ids = torch.arange(10).view(2, 5) % model.config.get_text_config().vocab_size
+    try:
+        model(input_ids=ids, use_cache=False)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@torch.no_grad()
+def _is_equal(fused: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Tensor) -> bool:
+    found = fused(*args, **kwargs)
+    if found.shape != expected.shape:
+        return False
+    # Of what the layer adds, so that a large residual hides nothing but its own rounding.
+    added, rounding = (expected - args[0]).abs().max(), torch.finfo(expected.dtype).eps * expected.abs().max()
+    return bool((found - expected).abs().max() <= _TOLERANCE[expected.dtype] * added + rounding)

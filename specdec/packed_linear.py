@@ -1,0 +1,122 @@
+"""Linear layers laid out once for oneDNN's small-batch kernels.
+
+PyTorch's own float32 path is slow for 2 to 16 rows, which is what verifying a draft needs; with the weights reordered
+once the same products take less than half the time (docs/log.md). The operators are private to PyTorch (its compiler
+emits them), so they are tried before use (:func:`packing_fault`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+MIN_SIZE = 64  # smaller layers gain nothing
+_ROWS_HINT = 16  # rows of a typical verification pass
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with W in oneDNN's own layout; for inference only."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)
+        self.bias = None if bias is None else bias.detach()
+        self._fuses_sums = weight.dtype is torch.float32
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> PackedLinear:
+        return cls(layer.weight, layer.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """A plain copy (out, in): some models look at a layer's weight."""
+        plain: Tensor = self.packed.to_dense()
+        return plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
+        return y
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """``forward(x) + other``; in 16 bits rounded twice, as two separate operators round."""
+        if not self._fuses_sums:
+            return self.forward(x).add_(other)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
+        return y
+
+
+class PackedSlice(nn.Module):
+    """Some outputs of a packed layer, in the place of the layer that they came from."""
+
+    def __init__(self, whole: PackedLinear, start: int, size: int) -> None:
+        super().__init__()
+        self.whole, self.start = whole, start
+        self.out_features, self.in_features = size, whole.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """A plain copy (out, in)."""
+        return self.whole.weight[self.start : self.start + self.out_features]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.whole.bias
+        return None if bias is None else bias[self.start : self.start + self.out_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.whole(x).narrow(-1, self.start, self.out_features)
+        return y
+
+
+@cache
+def packing_fault(dtype: torch.dtype) -> str:
+    """Why weights of ``dtype`` cannot be packed here; empty if they can."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"packed layers exist for float32 and bfloat16, not for {dtype}"
+    if not torch._C._has_mkldnn:
+        return "this PyTorch was built without oneDNN"
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this processor has no bfloat16 instructions that oneDNN uses"
+    try:
+        weight, x = torch.randn(96, 64, dtype=dtype), torch.randn(2, 3, 64, dtype=dtype)
+        other = torch.randn(2, 3, 96, dtype=dtype)
+        expected = nn.functional.linear(x, weight)
+        packed = PackedLinear(weight, None)
+        error = torch.maximum(
+            (packed(x) - expected).abs().max(), (packed.plus(x, other) - expected - other).abs().max()
+        )
+    except (RuntimeError, AttributeError, NotImplementedError) as failure:
+        return f"PyTorch's packed linear layers do not work here: {str(failure).splitlines()[0]}"
+    return "" if float(error) < 0.5 else f"PyTorch's packed linear layers are wrong here by {float(error)}"
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether a part of ``model`` runs on packed layers."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def pack(module: nn.Module) -> None:
+    """Replace the linear layers below ``module``, whose weights must be of a type that can be packed."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            packed = _packed(child)
+            if packed is not None:
+                setattr(parent, name, packed)
+
+
+@torch.no_grad()
+def _packed(layer: nn.Module) -> PackedLinear | None:
+    """The packed form of a plain linear layer (or GPT-2's transposed one); None for anything else."""
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if type(layer) is nn.Linear:
+        plain = weight
+    elif type(layer).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        plain = weight.t().contiguous()
+    else:
+        return None
+    if plain is None or min(plain.shape) < MIN_SIZE or plain.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return PackedLinear(plain, bias)

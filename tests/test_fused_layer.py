@@ -1,0 +1,168 @@
+"""Fused decoder layers: the same numbers as the layers they stand for, and only for layers that are of the known kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from specdec import fused_layer
+from specdec.accelerate import accelerated
+from specdec.fused_layer import FusedLayer, Rotation, fuse, norm_of
+from specdec.interfaces import Row
+from specdec.packed_linear import PackedLinear, PackedSlice, packing_fault
+from specdec.target import CausalLM
+from specdec.tree import TokenTree
+
+pytestmark = pytest.mark.skipif(bool(packing_fault(torch.float32)), reason=packing_fault(torch.float32))
+
+LAYERS = 3
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "pad_token_id": 0,
+}
+FUSED = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma"]
+OTHERS = ["gemma2", "olmo2", "granite", "cohere", "gpt_neox", "phi", "mixtral"]
+
+
+def build(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**{**SIZES, **settings})
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms that are not all 0 or all 1
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    return model
+
+
+def num_fused(model: Any) -> int:
+    return sum(isinstance(vars(module).get("forward"), FusedLayer) for module in model.modules())
+
+
+def score(model: Any) -> list[torch.Tensor]:
+    """Logits of two ragged steps: trees, then the tokens behind what was kept."""
+    engine = CausalLM(model)
+    rows = [Row(0, [9, 8, 3], 40), Row(1, list(range(5, 17)), 40)]
+    trees = [TokenTree((3, 4, 5, 6, 7), (-1, 0, 0, 1, 2)), TokenTree((16, 4, 5), (-1, 0, 0))]
+    engine.open(rows)
+    first = [s.logits for s in engine.score(rows, trees)]
+    engine.commit(rows, [[0, 2, 4], [0, 1]])
+    for row, tokens in zip(rows, ([5, 7, 11], [4, 2]), strict=True):
+        row.tokens.extend(tokens)
+    second = [s.logits for s in engine.score(rows, [TokenTree.root(row.tokens[-1]) for row in rows])]
+    engine.close(rows[1:])
+    alone = engine.score(rows[:1], [TokenTree((11, 1, 2), (-1, 0, 0))])[0].logits
+    return [*first, *second, alone]
+
+
+@pytest.mark.parametrize("kind", [*FUSED, *OTHERS])
+def test_an_accelerated_model_of_each_family_scores_as_the_plain_one(kind: str) -> None:
+    plain = build(kind)
+    ours = accelerated(plain)
+    assert num_fused(ours) == (LAYERS if kind in FUSED else 0)
+    assert num_fused(plain) == 0
+    for found, expected in zip(score(ours), score(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_in_16_bits_it_is_as_near_to_the_truth_as_the_plain_model(kind: str) -> None:
+    truth = score(build(kind))
+    rounded = build(kind, torch.bfloat16)
+    for found, plain, true in zip(score(accelerated(rounded)), score(rounded), truth, strict=True):
+        error, usual = (found.float() - true).norm(), (plain.float() - true).norm()
+        assert error < 1.5 * usual
+
+
+def test_windows_reach_the_fused_layers() -> None:
+    """A window narrower than the text changes the logits; a fused layer must not lose it."""
+    plain = build("mistral", sliding_window=4)
+    assert num_fused(accelerated(plain)) == LAYERS
+    wide = score(build("mistral", sliding_window=None))
+    for found, expected, other in zip(score(accelerated(plain)), score(plain), wide, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(expected, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_gives_other_numbers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial pass must see a rotation the wrong way round, and put the plain layers back."""
+    plain, broken = build("llama"), build("llama")
+    monkeypatch.setattr(Rotation, "__call__", lambda _, x, cos, sin: x * cos.unsqueeze(1))
+    assert fuse(broken) == 0
+    assert not any(isinstance(module, PackedLinear | PackedSlice) for module in broken.modules())
+    ids = torch.arange(6)[None]
+    assert torch.equal(broken(ids).logits, plain(ids).logits)
+
+
+def become_foreign(layer: Any) -> None:
+    """Of a class whose code calls something unknown."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        return self.original(hidden_states, **kwargs)
+
+    layer.__class__ = type("Other", (type(layer),), {"forward": forward, "original": type(layer).forward})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: setattr(layer.self_attn, "forward", layer.self_attn.forward),
+        lambda layer: layer.self_attn.add_module("extra", torch.nn.Identity()),
+        lambda layer: setattr(layer.mlp, "up_proj", torch.nn.Sequential(layer.mlp.up_proj)),
+        become_foreign,
+    ],
+)
+def test_a_layer_that_does_more_than_is_known_stays_as_it_is(change: Callable[[Any], Any]) -> None:
+    model = build("llama")
+    change(model.model.layers[1])
+    assert fuse(model) == LAYERS - 1
+    assert not isinstance(vars(model.model.layers[1]).get("forward"), FusedLayer)
+
+
+def test_names_keywords_and_strings_of_a_forward_are_seen() -> None:
+    """An unknown keyword (a softcap, say) may do nothing in a small trial pass, so the name alone must refuse it."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            """What it says here does not matter."""
+            return self.attend(x, softcap=getattr(self.config, "cap"))  # noqa: B009
+
+    assert fused_layer._names(Layer()) == {"attend", "softcap", "getattr", "config", "cap"}
+
+
+def test_in_place_each_weight_is_held_once() -> None:
+    model = accelerated(build("llama"), in_place=True)
+    names = [name for name, _ in model.named_parameters()]
+    assert not any("proj" in name for name in names)
+    layer = model.model.layers[0]
+    assert layer.self_attn.k_proj.whole is layer.self_attn.q_proj.whole
+    plain = build("llama").model.layers[0]
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        assert torch.equal(getattr(layer.self_attn, name).weight, getattr(plain.self_attn, name).weight)
+    x = torch.randn(2, 3, 128)
+    torch.testing.assert_close(layer.mlp.up_proj(x), plain.mlp.up_proj(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_is_replaced_only_by_its_equal() -> None:
+    llama, gemma = build("llama").model.norm, build("gemma").model.norm
+    assert norm_of(gemma) is gemma
+    x = torch.randn(2, 3, 128)
+    assert norm_of(llama) is not llama
+    assert torch.equal(norm_of(llama)(x), llama(x))
+
+
+def test_a_model_that_cannot_be_tried_is_only_packed() -> None:
+    model = build("llama")
+    model.forward = lambda **_: (_ for _ in ()).throw(ValueError("needs more"))
+    assert fuse(model) == 0
