@@ -2,8 +2,9 @@
 
 Every pass scores more nodes than it keeps. The top successors at each of them are remembered under the last 1 to
 ``max_order`` tokens, also those of rejected nodes; later trees are grown best-first from what is remembered. Departures
-from the paper: longer contexts beside single tokens, prompts as a source (their logits are never computed), and a tree
-that follows acceptance rates learned as rows go, not a fixed template. One table serves all rows.
+from the paper: longer contexts beside single tokens, prompts as a source (their logits are never computed), how likely
+the target thought each successor, and a tree that follows acceptance rates learned as rows go for each such class, not
+a fixed template. One table serves all rows.
 
 Letters for shapes: c contexts, o tokens of a context, k successors, n nodes of one tree, V vocabulary.
 """
@@ -31,9 +32,16 @@ from specdec.tree import TokenTree
 
 Context = tuple[int, ...]  # the newest token last; -1 where the text has not begun
 
-_FORMAT = 1  # raise it when the file's layout or the hash changes
+_FORMAT = 2  # raise it when the file's layout, the classes or the hash changes
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
+
+# Classes of successors: by the target's probability at the time, or by rank where only the text is known.
+_BOUNDS = np.array([0.98, 0.9, 0.7, 0.5, 0.3, 0.15, 0.07, 0.03], np.float32)  # between the classes 0 to 8
+_TYPICAL = (0.99, 0.94, 0.8, 0.6, 0.4, 0.22, 0.1, 0.05, 0.01)
+_TEXT_RATES = (0.5, 0.22, 0.1)  # of the latest follower, of the one before, of those before that
+_FIRST_TEXT = len(_TYPICAL)
+_NUM_CLASSES = _FIRST_TEXT + len(_TEXT_RATES)
 
 
 @dataclass(slots=True)
@@ -49,13 +57,15 @@ class SuccessorTable:
     capacity: int  # contexts of each length
     keys: NDArray[np.uint64] = field(init=False)  # (max_order, capacity)  0: empty
     successors: NDArray[np.int32] = field(init=False)  # (max_order, capacity, k)  best first, -1: none
+    classes: NDArray[np.uint8] = field(init=False)  # (max_order, capacity, k)
 
     def __post_init__(self) -> None:
         self.keys = np.zeros((self.max_order, self.capacity), np.uint64)
         self.successors = np.full((self.max_order, self.capacity, self.num_successors), -1, np.int32)
+        self.classes = np.zeros((self.max_order, self.capacity, self.num_successors), np.uint8)
 
-    def lookup(self, context: Context) -> tuple[int, list[int]]:
-        """The successors of the longest known part of ``context``, and how long that is; 0 if none is known."""
+    def lookup(self, context: Context) -> tuple[int, list[int], list[int]]:
+        """Of the longest known part of ``context``: how long it is (0: none), its successors and their classes."""
         found: tuple[int, int] | None = None
         key = 0
         for order, token in enumerate(reversed(context), 1):
@@ -64,12 +74,13 @@ class SuccessorTable:
             if self.keys[order - 1, slot] == key:
                 found = order, slot
         if found is None:
-            return 0, []
+            return 0, [], []
         order, slot = found
-        return order, [token for token in self.successors[order - 1, slot].tolist() if token >= 0]
+        tokens = [token for token in self.successors[order - 1, slot].tolist() if token >= 0]
+        return order, tokens, self.classes[order - 1, slot, : len(tokens)].tolist()
 
-    def write(self, contexts: NDArray[np.int64], successors: NDArray[np.int32]) -> None:
-        """Remember ``successors`` (c, k) of ``contexts`` (c, o); of equal contexts the last one counts."""
+    def write(self, contexts: NDArray[np.int64], successors: NDArray[np.int32], classes: NDArray[np.uint8]) -> None:
+        """Remember ``successors`` and their ``classes`` (c, k) of ``contexts`` (c, o); of equal ones the last counts."""
         keys = np.zeros(len(contexts), np.uint64)
         for column in range(contexts.shape[1] - 1, -1, -1):
             keys = (keys ^ (contexts[:, column] + 1).astype(np.uint64)) * np.uint64(_MULTIPLIER)
@@ -77,6 +88,7 @@ class SuccessorTable:
         order = contexts.shape[1]
         self.keys[order - 1, slots] = keys
         self.successors[order - 1, slots] = successors
+        self.classes[order - 1, slots] = classes
 
     def read_text(self, tokens: Sequence[int]) -> None:
         """Remember what followed what in ``tokens``, the latest first, before what was known."""
@@ -88,41 +100,49 @@ class SuccessorTable:
                 known[tokens[i]] = None  # a dictionary keeps its order: the latest is last
             if after:
                 rows = [self._joined(context, list(known)[::-1]) for context, known in after.items()]
-                self.write(np.array(list(after), np.int64), np.array(rows, np.int32))
+                tokens_of, classes = np.array([row[0] for row in rows], np.int32), [row[1] for row in rows]
+                self.write(np.array(list(after), np.int64), tokens_of, np.array(classes, np.uint8))
 
-    def _joined(self, context: Context, tokens: list[int]) -> list[int]:
-        order, known = self.lookup(context)
+    def _joined(self, context: Context, tokens: list[int]) -> tuple[list[int], list[int]]:
+        """``tokens``, then what was known of ``context``, with their classes, filled up to ``num_successors``."""
+        joined = {token: _FIRST_TEXT + min(i, len(_TEXT_RATES) - 1) for i, token in enumerate(tokens)}
+        order, known, classes = self.lookup(context)
         if order == len(context):
-            tokens = list(dict.fromkeys([*tokens, *known]))
-        return (tokens + [-1] * self.num_successors)[: self.num_successors]
+            for token, kind in zip(known, classes, strict=True):
+                joined.setdefault(token, kind)
+        missing = self.num_successors - len(joined)
+        return (
+            [*joined, *[-1] * missing][: self.num_successors],
+            [*joined.values(), *[0] * missing][: self.num_successors],
+        )
 
 
 @dataclass(slots=True)
-class RankRates:
-    """How often the successor of each rank was the token that came, for each length of context."""
+class ClassRates:
+    """How often a successor of each class was the token that came, for each length of context."""
 
-    hits: NDArray[np.float64]  # (max_order + 1, k)
-    trials: NDArray[np.float64]  # (max_order + 1, k)
+    hits: NDArray[np.float64]  # (max_order + 1, classes)
+    trials: NDArray[np.float64]  # (max_order + 1, classes)
 
     @classmethod
-    def prior(cls, max_order: int, num_successors: int) -> RankRates:
-        """Worth ten observations."""
-        rates = 0.5 * 0.45 ** np.minimum(np.arange(num_successors), 6)
-        trials = np.full((max_order + 1, num_successors), 10.0)
+    def prior(cls, max_order: int) -> ClassRates:
+        """Worth ten observations: a short context says less than the text that it was seen in."""
+        known = np.array([1 - 0.6 ** (order + 1) for order in range(max_order + 1)])[:, None]
+        rates = np.concatenate([known * _TYPICAL, np.tile(_TEXT_RATES, (max_order + 1, 1))], 1)
+        trials = np.full(rates.shape, 10.0)
         return cls(trials * rates, trials)
 
-    def learn(self, order: int, tokens: Sequence[int], token: int) -> None:
-        """``token`` came where ``tokens`` were the known successors of a context of ``order`` tokens."""
-        trials = self.trials[order]
-        trials[: len(tokens)] += 1
-        if token in tokens:
-            self.hits[order, tokens.index(token)] += 1
-        if trials[0] > 400:  # what is long past counts less
-            trials /= 2
-            self.hits[order] /= 2
+    def learn(self, order: int, tokens: Sequence[int], classes: Sequence[int], token: int) -> None:
+        """``token`` came where ``tokens`` of ``classes`` were the known successors of a context of ``order`` tokens."""
+        for known, kind in zip(tokens, classes, strict=True):
+            self.trials[order, kind] += 1
+            self.hits[order, kind] += known == token
+            if self.trials[order, kind] > 400:  # what is long past counts less
+                self.trials[order, kind] /= 2
+                self.hits[order, kind] /= 2
 
     def values(self) -> list[list[float]]:
-        """(max_order + 1, k) acceptance rates."""
+        """(max_order + 1, classes) acceptance rates."""
         return (self.hits / self.trials).tolist()  # type: ignore[no-any-return]
 
 
@@ -149,12 +169,12 @@ class RecyclingDrafter:
     max_order: int = 3
     num_successors: int = 8
     capacity: int = 65536
-    min_prob: float = 0.05
+    min_prob: float = 0.01
     min_gain: float = 0.1
     path: str | Path | None = None
     name: str = "recycling"
     table: SuccessorTable = field(init=False)
-    rates: RankRates = field(init=False)
+    rates: ClassRates = field(init=False)
     _rows: set[Row] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
@@ -166,7 +186,7 @@ class RecyclingDrafter:
                 f"num_successors must be at most the vocabulary's {self.vocab_size}, got {self.num_successors}"
             )
         self.table = SuccessorTable(self.max_order, self.num_successors, self.capacity)
-        self.rates = RankRates.prior(self.max_order, self.num_successors)
+        self.rates = ClassRates.prior(self.max_order)
         if self.path is not None:
             self.path = Path(self.path).expanduser()
             if not self.path.parent.is_dir():
@@ -193,10 +213,10 @@ class RecyclingDrafter:
     ) -> None:
         for row in rows:
             for end in range(len(row.tokens) - row.num_new, len(row.tokens)):
-                order, known = self.table.lookup(self._context(row, end))
+                order, known, classes_known = self.table.lookup(self._context(row, end))
                 if order:
-                    self.rates.learn(order, known, row.tokens[end])
-        successors = _top(scores, self.num_successors)
+                    self.rates.learn(order, known, classes_known, row.tokens[end])
+        successors, classes = _top(scores, self.num_successors)
         contexts: list[Context] = []
         places: list[int] = []  # accepted nodes come last: where contexts are equal, they count
         for row, tree, verdict in zip(rows, trees, verdicts, strict=True):
@@ -208,7 +228,7 @@ class RecyclingDrafter:
         usable = [place for place in places if successors[place, 0] >= 0]
         ids = np.array(contexts, np.int64)[usable]
         for order in range(1, self.max_order + 1):
-            self.table.write(ids[:, -order:], successors[usable])
+            self.table.write(ids[:, -order:], successors[usable], classes[usable])
 
     def end(self, rows: Sequence[Row]) -> None:
         begun = self._rows.intersection(rows)
@@ -248,10 +268,11 @@ class RecyclingDrafter:
 
         def offer(node: int) -> None:
             if depths[node] < limit.depth:
-                order, known = self.table.lookup(contexts[node])
-                for token, rate in zip(known, rates[order], strict=False):
-                    if estimates[node] * rate >= self.min_prob:
-                        heapq.heappush(heap, (-estimates[node] * rate, node, token))
+                order, known, classes = self.table.lookup(contexts[node])
+                for token, kind in zip(known, classes, strict=True):
+                    estimate = estimates[node] * rates[order][kind]
+                    if estimate >= self.min_prob:
+                        heapq.heappush(heap, (-estimate, node, token))
 
         offer(0)
         while heap and len(tokens) <= limit.nodes:
@@ -270,15 +291,21 @@ class RecyclingDrafter:
         return TokenTree(tuple(tokens), tuple(parents), estimates=tuple(estimates))
 
 
-def _top(scores: Sequence[Scores], num: int) -> NDArray[np.int32]:
-    """(sum of n, k) the best successors of all nodes of all rows, on the host; -1 where the logits rule them out."""
+def _top(scores: Sequence[Scores], num: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """The best successors of all nodes of all rows (sum of n, k) and their classes, on the host.
+
+    -1 stands where the logits rule a token out.
+    """
     logits = [score.logits for score in scores]
     if logits[0].is_cuda:  # one launch for all rows; on the host a copy of all logits would cost more than it saves
         logits = [torch.cat(logits)]
     best = [each.topk(num) for each in logits]
-    values = torch.cat([each.values for each in best])
+    values = torch.cat([each.values for each in best]).float()
+    sums = torch.cat([each.float().logsumexp(-1, keepdim=True) for each in logits])
     found: Tensor = torch.cat([each.indices for each in best]).masked_fill(~values.isfinite(), -1)
-    return found.to("cpu", torch.int32).numpy()
+    bounds = torch.from_numpy(_BOUNDS).flip(0).to(values.device)
+    classes = len(_BOUNDS) - torch.bucketize((values - sums).exp(), bounds)
+    return found.to("cpu", torch.int32).numpy(), classes.to("cpu", torch.uint8).numpy()
 
 
 def _facts(drafter: RecyclingDrafter) -> dict[str, int]:
@@ -303,6 +330,7 @@ def _save(drafter: RecyclingDrafter, path: Path) -> None:
                 slots=np.stack([orders, slots]),
                 keys=table.keys[orders, slots],
                 successors=table.successors[orders, slots],
+                classes=table.classes[orders, slots],
                 rates=np.stack([rates.hits, rates.trials]),
             )
             file.close()
@@ -331,12 +359,16 @@ def _load(drafter: RecyclingDrafter, path: Path) -> None:
             raise ValueError("token ids outside the vocabulary")
         if min(orders.min(initial=0), slots.min(initial=0)) < 0:
             raise ValueError("slots outside the table")
+        classes = np.asarray(data["classes"], np.uint8)
+        if classes.max(initial=0) >= _NUM_CLASSES:
+            raise ValueError("unknown classes")
         hits, trials = data["rates"].reshape(2, *drafter.rates.hits.shape)
         if not ((hits >= 0).all() and (trials > 0).all() and (hits <= trials).all() and np.isfinite(trials).all()):
             raise ValueError("rates that are none")
         drafter.table.keys[orders, slots] = data["keys"]
         drafter.table.successors[orders, slots] = found
-        drafter.rates = RankRates(hits, trials)
+        drafter.table.classes[orders, slots] = classes
+        drafter.rates = ClassRates(hits, trials)
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is not a whole table of drafter 'recycling' ({error}); {advice}") from error
 

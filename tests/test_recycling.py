@@ -37,6 +37,10 @@ def emit(d: RecyclingDrafter, row: Row, tree: TokenTree, nodes: Sequence[int], b
     d.observe([row], [tree], [Verdict(tuple(nodes), tokens)], [Scores(logits)])
 
 
+def known(d: RecyclingDrafter, context: tuple[int, ...]) -> tuple[int, list[int]]:
+    return d.table.lookup(context)[:2]
+
+
 def ranked(*best: Sequence[int]) -> Tensor:
     """Logits (n, V) whose best tokens are ``best[node]``, in that order."""
     logits = torch.zeros(len(best), VOCAB)
@@ -89,10 +93,10 @@ def test_runners_up_of_accepted_and_of_rejected_nodes_are_remembered() -> None:
     d.begin([row])
     tree = TokenTree((3, 4, 5), (-1, 0, 0))
     emit(d, row, tree, [0, 1], 6, ranked([4, 5], [6, 7], [8, 9]))
-    assert d.table.lookup((3,)) == (1, [4, 5])
-    assert d.table.lookup((4,)) == (1, [6, 7])
-    assert d.table.lookup((5,)) == (1, [8, 9])  # rejected
-    assert d.table.lookup((6,)) == (0, [])
+    assert known(d, (3,)) == (1, [4, 5])
+    assert known(d, (4,)) == (1, [6, 7])
+    assert known(d, (5,)) == (1, [8, 9])  # rejected
+    assert known(d, (6,)) == (0, [])
 
 
 def test_the_accepted_of_two_equal_contexts_counts() -> None:
@@ -102,16 +106,16 @@ def test_the_accepted_of_two_equal_contexts_counts() -> None:
     d.begin([row])
     tree = TokenTree((3, 4, 5, 4), (-1, 0, 0, 2))
     emit(d, row, tree, [0, 1], 6, ranked([4, 5], [6, 7], [8, 9], [10, 11]))
-    assert d.table.lookup((4,)) == (1, [6, 7])
+    assert known(d, (4,)) == (1, [6, 7])
 
 
 def test_longer_contexts_are_preferred() -> None:
     d = drafter(max_order=2, min_prob=0.0, min_gain=0.0)
     row = Row(0, [1, 2, 3, 4, 2, 5, 9, 2], 50)
     d.begin([row])
-    assert d.table.lookup((1, 2)) == (2, [3])
-    assert d.table.lookup((4, 2)) == (2, [5])
-    assert d.table.lookup((9, 2)) == (1, [5, 3])  # the latest first
+    assert known(d, (1, 2)) == (2, [3])
+    assert known(d, (4, 2)) == (2, [5])
+    assert known(d, (9, 2)) == (1, [5, 3])  # the latest first
     assert propose(d, row).tokens[:3] == (2, 5, 9)
 
 
@@ -140,16 +144,49 @@ def test_nothing_is_proposed_where_little_is_to_be_gained() -> None:
 
 
 def test_rates_follow_what_comes() -> None:
-    d = drafter(max_order=1)
-    before = d.rates.values()[1][0]
-    row = Row(0, [1, 2], 500)
+    """Successors that the target held for equally likely share a rate, which is that of what came."""
+    d = drafter(max_order=1, num_successors=2)
+    logits = torch.full((1, VOCAB), -9.0)
+    logits[0, [40, 41]] = torch.tensor([0.62, 0.38]).log()
+    row = Row(0, [1, 2, 40], 500)
     d.begin([row])
-    for step in range(40):  # 1 2 1 2 ...: always the first successor
-        token = row.tokens[-1]
-        emit(d, row, TokenTree.root(token), [0], 3 - token, ranked([3 - token, 40, step % 30 + 3]))
+    emit(d, row, TokenTree.root(40), [0], 40, logits)
+    _, tokens, (likely, unlikely) = d.table.lookup((40,))
+    assert tokens == [40, 41]
+    assert likely < unlikely < 8  # likelier classes come first
+    before = d.rates.values()[1]
+    for _ in range(40):
+        emit(d, row, TokenTree.root(40), [0], 40, logits)
     after = d.rates.values()[1]
-    assert after[0] > 0.85 > before
-    assert after[1] < 0.1
+    assert after[likely] > 0.85 > before[likely]
+    assert after[unlikely] < 0.1 < before[unlikely]
+    assert [rate for i, rate in enumerate(after) if i not in (likely, unlikely)] == [
+        rate for i, rate in enumerate(before) if i not in (likely, unlikely)
+    ]
+
+
+def test_what_the_target_was_sure_of_is_drafted_first() -> None:
+    """Two branches: below a sure token a deep chain is worth more than a second guess."""
+    d = drafter(max_order=1, num_successors=2)
+    row = Row(0, [3], 50)
+    d.begin([row])
+    logits = torch.full((3, VOCAB), -20.0)
+    logits[0, [4, 5]] = torch.tensor([0.75, 0.25]).log()
+    logits[1, [6, 7]] = torch.tensor([0.995, 0.005]).log()  # after 4
+    logits[2, [8, 9]] = torch.tensor([0.5, 0.5]).log()  # after 5
+    emit(d, row, TokenTree((3, 4, 5), (-1, 0, 0)), [0], 3, logits)
+    tree = propose(d, row, depth=2, nodes=3)
+    assert tree.tokens == (3, 4, 6, 5)
+    assert tree.parents == (-1, 0, 1, 0)
+
+
+def test_followers_in_a_text_have_classes_of_their_own() -> None:
+    d = drafter(max_order=1, num_successors=4)
+    row = Row(0, [1, 2, 1, 3, 1, 4, 1, 5, 1], 50)
+    d.begin([row])
+    _, tokens, classes = d.table.lookup((1,))
+    assert tokens == [5, 4, 3, 2]
+    assert classes == [9, 10, 11, 11]
 
 
 def test_excluded_tokens_and_broken_logits_teach_nothing() -> None:
@@ -160,8 +197,8 @@ def test_excluded_tokens_and_broken_logits_teach_nothing() -> None:
     logits[0, [4, 5]] = torch.tensor([1.0, 2.0])
     logits[2] = torch.nan
     emit(d, row, TokenTree((3, 4, 5), (-1, 0, 0)), [0], 5, logits)
-    assert d.table.lookup((3,)) == (1, [5, 4])
-    assert d.table.lookup((4,)) == d.table.lookup((5,)) == (0, [])
+    assert known(d, (3,)) == (1, [5, 4])
+    assert known(d, (4,)) == known(d, (5,)) == (0, [])
 
 
 # ----- state -----
@@ -169,12 +206,12 @@ def test_excluded_tokens_and_broken_logits_teach_nothing() -> None:
 
 def test_memory_does_not_grow() -> None:
     table = SuccessorTable(2, 3, 16)
-    size = table.keys.nbytes + table.successors.nbytes
+    size = table.keys.nbytes + table.successors.nbytes + table.classes.nbytes
     rng = np.random.default_rng(0)
     for _ in range(20):
         contexts = rng.integers(0, 1000, (50, 2))
-        table.write(contexts, rng.integers(0, 1000, (50, 3)).astype(np.int32))
-    assert table.keys.nbytes + table.successors.nbytes == size
+        table.write(contexts, rng.integers(0, 1000, (50, 3)).astype(np.int32), np.zeros((50, 3), np.uint8))
+    assert table.keys.nbytes + table.successors.nbytes + table.classes.nbytes == size
     assert (table.keys[1] != 0).all()
     assert (table.keys[0] == 0).all()
 
@@ -185,8 +222,8 @@ def test_hashes_of_the_two_ways_agree() -> None:
     rng = np.random.default_rng(0)
     contexts = np.concatenate([rng.integers(0, 200000, (100, 3)), [[-1, -1, 5], [-1, 5, 5]]])
     for i, context in enumerate(contexts):
-        table.write(context[None], np.array([[i]], np.int32))
-        assert table.lookup(tuple(context.tolist())) == (3, [i])
+        table.write(context[None], np.array([[i]], np.int32), np.array([[i % 9]], np.uint8))
+        assert table.lookup(tuple(context.tolist())) == (3, [i], [i % 9])
 
 
 def test_rows_leave_and_strangers_are_ignored() -> None:
@@ -218,7 +255,8 @@ def test_a_table_is_kept_on_disk(model: LlamaForCausalLM, tmp_path: Path) -> Non
     first, second = drafter(path=path), drafter(path=path)
     first.save()
     assert np.array_equal(first.table.keys, second.table.keys)
-    assert np.array_equal(first.table.successors, drafter(path=path).table.successors)
+    assert np.array_equal(first.table.successors, second.table.successors)
+    assert np.array_equal(first.table.classes, second.table.classes)
     assert first.rates.values() == second.rates.values()
 
 
@@ -264,7 +302,15 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("successors", 61), ("successors", -2), ("slots", -1), ("slots", 10**7), ("rates", 0), ("rates", np.nan)],
+    [
+        ("successors", 61),
+        ("successors", -2),
+        ("slots", -1),
+        ("slots", 10**7),
+        ("classes", 12),
+        ("rates", 0),
+        ("rates", np.nan),
+    ],
 )
 def test_a_forged_file_is_refused(tmp_path: Path, name: str, value: float) -> None:
     path = tmp_path / "t.npz"
