@@ -15,6 +15,7 @@ def comparable(provenance: Mapping[str, Any]) -> dict[str, Any]:
     facts = {f"{role} model": (model or {}).get("id") for role, model in models.items()}
     facts |= {name: provenance.get(name) for name in ("dtype", "device", "threads")}
     facts |= {name: machine.get(name) for name in ("cpu", "gpus")}
+    facts["cuda_graphs"] = bool(settings.get("cuda_graphs"))  # older files do not say
     return facts | {name: settings.get(name) for name in _SETTINGS}
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from specdec.cli import options
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.models import DEFAULT_MODEL
 from specdec.prompts import BUILTIN
+
+if TYPE_CHECKING:
+    from specdec.cli.results import BenchConfig
 
 EXAMPLE = "Example: specdec bench --limit 8 --max-new-tokens 48 --drafter ngram --drafter ngram:max_order=2 --output bench.json"
 
@@ -24,8 +27,9 @@ def bench(
         list[str] | None,
         typer.Option(
             "--drafter",
-            metavar="NAME[:OPTION=VALUE,...]",
-            help=f"A drafter to measure; give it again for more. Default: {DEFAULT_DRAFTER}, or model with a draft model.",
+            metavar=options.DRAFTER_FORM,
+            help=f"A drafter to measure; give it again for more. Default: {DEFAULT_DRAFTER}, or model with a draft model. "
+            + options.QUOTING,
         ),
     ] = None,
     drafter_model: options.DrafterModel = None,
@@ -48,6 +52,7 @@ def bench(
         ),
     ] = None,
     accelerate: options.Accelerate = True,
+    cuda_graphs: options.CudaGraphs = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -66,12 +71,7 @@ def bench(
         raise ValueError("--trace-probs writes to the trace: add --trace FILE.jsonl")
     output, trace = (path.expanduser() if path else None for path in (output, trace))
     _check_paths(prompts, output, trace)
-    from specdec.cli.benchmark import run_bench
-    from specdec.cli.progress import progress
     from specdec.cli.results import BenchConfig
-    from specdec.cli.summary import summarise
-    from specdec.cli.table import print_summary
-    from specdec.files import write_json
 
     tuned = options.read_config(config)
     if tuned is not None:
@@ -92,6 +92,7 @@ def bench(
         max_nodes=max_nodes,
         adaptive=adaptive,
         accelerate=accelerate,
+        cuda_graphs=cuda_graphs,
         dtype=dtype,
         device=device,
         threads=threads,
@@ -100,6 +101,17 @@ def bench(
         config=config,
         synthetic_acceptance=synthetic_acceptance,
     )
+    _run(asked, output)
+
+
+def _run(asked: BenchConfig, output: Path | None) -> None:
+    """Measure, write and show; the status tells of an interruption or a mismatch."""
+    from specdec.cli.benchmark import run_bench
+    from specdec.cli.progress import progress
+    from specdec.cli.summary import summarise
+    from specdec.cli.table import print_summary
+    from specdec.files import write_json
+
     with progress() as tell:
         results = run_bench(asked, command=["specdec", *sys.argv[1:]], tell=tell)
     summary = summarise(results)

@@ -60,7 +60,13 @@ def run_bench(
     set_threads(config.threads)
     prompts = load_prompts(config.prompts, limit=config.limit)
     loaded = load(
-        config.target, config.drafter_models, config.dtype, config.device, accelerate=config.accelerate, compare=True
+        config.target,
+        config.drafter_models,
+        config.dtype,
+        config.device,
+        accelerate=config.accelerate,
+        cuda_graphs=config.cuda_graphs,
+        compare=True,
     )
     methods, skipped = build_methods(config, loaded, clock)
     _check_prompts(config, loaded, prompts)

@@ -28,7 +28,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; - reads standard input.")],
     target: options.Target = DEFAULT_MODEL,
     drafter: Annotated[
-        str, typer.Option("--drafter", metavar="NAME[:OPTION=VALUE,...]", help="The drafter; see specdec doctor.")
+        str,
+        typer.Option(
+            "--drafter", metavar=options.DRAFTER_FORM, help=f"The drafter; see specdec doctor. {options.QUOTING}"
+        ),
     ] = DEFAULT_DRAFTER,
     drafter_model: options.DrafterModel = None,
     verifier: options.Verifier = DEFAULT_VERIFIER,
@@ -44,6 +47,7 @@ def generate(
     adaptive: options.Adaptive = True,
     config: options.Config = None,
     accelerate: options.Accelerate = True,
+    cuda_graphs: options.CudaGraphs = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -85,7 +89,7 @@ def generate(
     params, noise = SamplingParams(temperature, top_k, top_p, min_p), PhiloxNoise(seed)
     parse_drafter(drafter)
     rule = make_verifier(verifier)
-    loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate)
+    loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
     options.warn_config(tuned, loaded.model)
     ids = _render(loaded.tokenizer, text, system, chat)
     check_prompt(loaded.engine, ids, max_new_tokens, "the prompt")

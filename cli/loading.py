@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.accelerate import accelerated
+from specdec.captured import graph_recorders, kernel_copy
 from specdec.cli.text import tell
 from specdec.errors import ModelUnavailableError, UnsupportedModelError
 from specdec.models import is_fetched, known_models, load_model, load_tokenizer, model_path
@@ -36,11 +37,13 @@ def load(
     device: str,
     *,
     accelerate: bool = True,
+    cuda_graphs: bool = False,
     compare: bool = False,
 ) -> Loaded:
     """Load what is named; a built-in model that is not here yet is fetched.
 
-    With ``compare`` transformers is to run the models as well, which keeps a second copy of what is accelerated.
+    With ``cuda_graphs`` the engine replays its passes. With ``compare`` transformers is to run the models as well, which
+    keeps a second copy of what is accelerated.
 
     Raises:
         ModelUnavailableError, UnsupportedModelError, ValueError: in words that say what to do.
@@ -52,9 +55,12 @@ def load(
     drafts = tuple(load_model(name, dtype=dtype, device=device, progress=tell) for name in draft_models)
 
     def ours(plain: Any) -> Any:
+        if cuda_graphs:
+            return kernel_copy(plain)
         return accelerated(plain, in_place=not compare) if accelerate else plain
 
-    return Loaded(model, CausalLM(ours(model)), tokenizer, drafts, tuple(map(ours, drafts)))
+    recorders = graph_recorders(model) if cuda_graphs else None
+    return Loaded(model, CausalLM(ours(model), recorders=recorders), tokenizer, drafts, tuple(map(ours, drafts)))
 
 
 def _check_tokenizers(tokenizer: Any, draft_model: str) -> None:

@@ -17,6 +17,9 @@ Target = Annotated[
         "--target", metavar="MODEL", help="The model to generate with: a built-in name, a folder or a Hub id."
     ),
 ]
+DRAFTER_FORM = "NAME[:OPTION=VALUE,...]"
+QUOTING = """A value with a comma stands in quotes: 'eagle:path="a,b"'."""
+
 DrafterModel = Annotated[
     list[str] | None,
     typer.Option(
@@ -47,6 +50,13 @@ Accelerate = Annotated[
     bool,
     typer.Option(
         "--accelerate/--no-accelerate", help="On a CPU, run the models with packed layers; only near ties may differ."
+    ),
+]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        help="On a GPU, run on our attention kernels and replay passes as CUDA graphs.",
     ),
 ]
 Dtype = Annotated[

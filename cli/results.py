@@ -39,6 +39,7 @@ class BenchConfig:
     max_nodes: int = DEFAULT_MAX_NODES
     adaptive: bool = True
     accelerate: bool = True
+    cuda_graphs: bool = False
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -31,8 +32,9 @@ def tune(
         list[str] | None,
         typer.Option(
             "--drafter",
-            metavar="NAME[:OPTION=VALUE,...]",
-            help="A drafter to consider; give it again for more. Default: ngram and hybrid, or model with a draft model.",
+            metavar=options.DRAFTER_FORM,
+            help="A drafter to consider; give it again for more. Default: ngram and hybrid, or model with a draft model. "
+            + options.QUOTING,
         ),
     ] = None,
     drafter_model: options.DrafterModel = None,
@@ -46,6 +48,7 @@ def tune(
     temperature: options.Temperature = 0.0,
     max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
     accelerate: options.Accelerate = True,
+    cuda_graphs: options.CudaGraphs = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -70,40 +73,51 @@ def tune(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     options.set_threads(threads)
     from specdec.cli.loading import all_model_facts, eos_ids, load
-    from specdec.drafters import parse_drafter
     from specdec.files import check_writable, write_json
     from specdec.provenance import collect
     from specdec.sampling import SamplingParams
     from specdec.tuned import SCHEMA, fingerprint
-    from specdec.tuning import MODEL_SHAPES, Setting
+    from specdec.tuning import Setting
     from specdec.verifiers import make_verifier
 
     output = output.expanduser()
     check_writable(output, "--output")
-    specs = list(dict.fromkeys(drafter or (["model", "ngram"] if drafter_model else ["ngram", "hybrid"])))
-    for spec in specs:
-        parse_drafter(spec)
-    specs = [each for spec in specs if spec != "none" for each in (MODEL_SHAPES if spec == "model" else (spec,))]
+    specs = _specs(drafter or (["model", "ngram"] if drafter_model else ["ngram", "hybrid"]))
     rule, params = make_verifier(verifier), SamplingParams(temperature)
-    loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate)
+    loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
     ids = _prompt_ids(loaded, prompts, limit, max_new_tokens)
     setting = Setting(loaded.engine, rule, loaded.own_draft_models, params, eos_ids(loaded.model), max_new_tokens)
     models = all_model_facts(target, drafter_model or ())
     found = {str(size): _tune(setting, specs, ids, size, max_nodes, seconds) for size in sizes}
-    told = {"verifier": verifier, "prompts": prompts, "num_prompts": len(ids), "max_new_tokens": max_new_tokens}
-    told |= {
+    told = {
+        "verifier": verifier,
+        "prompts": prompts,
+        "num_prompts": len(ids),
+        "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "drafters": specs,
         "max_nodes": max_nodes,
         "seconds": seconds,
         "accelerate": accelerate,
+        "cuda_graphs": cuda_graphs,
     }
     where = collect(
         ["specdec", *sys.argv[1:]], dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=told
     )
     file = {"schema": SCHEMA, "kind": "tuned", "provenance": where, "target": target}
     write_json(output, file | {"fingerprint": fingerprint(loaded.model), "per_batch_size": found})
-    print(f"written to {output}; use it with --config {output}, or drafter={str(output)!r} in Python")
+    print(f"written to {output}; use it with --config {shlex.quote(str(output))}, or drafter={str(output)!r} in Python")
+
+
+def _specs(asked: Sequence[str]) -> list[str]:
+    """Each drafter once, a draft model in all of its shapes; plain decoding takes part anyway."""
+    from specdec.drafters import parse_drafter
+    from specdec.tuning import MODEL_SHAPES
+
+    for spec in asked:
+        parse_drafter(spec)
+    named = [spec for spec in dict.fromkeys(asked) if spec != "none"]
+    return [each for spec in named for each in (MODEL_SHAPES if spec == "model" else (spec,))]
 
 
 def _batch_sizes(text: str) -> list[int]:

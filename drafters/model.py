@@ -119,7 +119,7 @@ def _build(
     chosen = choose_children(children, context.verifier.is_coupled, form)
     parts = []
     for model in context.draft_models:
-        engine = CausalLM(model)
+        engine = CausalLM(model, recorders=getattr(context.target, "recorders", None))
         check_vocabulary(engine, context.target)
         size: int = context.target.vocab_size  # type: ignore[attr-defined]
         parts.append(ModelDrafter(engine, form, chosen, size if size != engine.vocab_size else None))

@@ -5,7 +5,7 @@ Letters: B rows, T columns (new tokens) of the pass, W slots, n nodes of one row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -97,16 +97,29 @@ class MaskStyle:
     def build(self, plan: MaskPlan) -> Tensor | dict[str, Tensor]:
         """4D masks (B, 1, T, W): bool (True = seen) or additive, one or a dict by layer type."""
         visible = visibility(plan)
-        masks = {kind: self._finish(self._cut(visible, kind, plan)) for kind in self.kinds}
+        masks = self.by_kind(visible, lambda: slot_positions(plan), plan.positions)
         if self.for_kernels:
-            attach_tree_masks(masks, plan, visible, {FULL: 0, SLIDING: self.window})
+            attach_tree_masks(masks, plan, visible, self.kernel_windows)
+        return self.arranged(masks)
+
+    def by_kind(self, visible: Tensor, slots: Callable[[], Tensor], positions: Tensor) -> dict[str, Tensor]:
+        """4D masks from what is visible but for windows (B, T, W) and the positions of ``slots`` (B, W) and columns (B, T)."""
+        return {kind: self._finish(self._cut(visible, kind, slots, positions)) for kind in self.kinds}
+
+    def arranged(self, masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        """As the model takes them."""
         return masks if self.by_layer_type else masks[self.kinds[0]]
 
-    def _cut(self, visible: Tensor, kind: str, plan: MaskPlan) -> Tensor:
+    @property
+    def kernel_windows(self) -> dict[str, int]:
+        """The window of each kind that our kernel knows, 0: none."""
+        return {FULL: 0, SLIDING: self.window}
+
+    def _cut(self, visible: Tensor, kind: str, slots: Callable[[], Tensor], positions: Tensor) -> Tensor:
         """Windows count positions, never slots: siblings share a position."""
         if kind == FULL:
             return visible
-        keys, queries = slot_positions(plan)[:, None], plan.positions[:, :, None]
+        keys, queries = slots()[:, None], positions[:, :, None]
         if kind == SLIDING:
             return visible & (keys > queries - self.window)
         return visible & (keys // self.chunk == queries // self.chunk)

@@ -112,6 +112,7 @@ class LazyProbs:
     logits: Tensor  # (n, V)
     apply: Callable[[Row, Sequence[int], Tensor], Tensor] | None
     _scores: dict[int, Tensor] = field(default_factory=dict)
+    _bests: list[tuple[int, float]] | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -130,10 +131,16 @@ class LazyProbs:
         return self._scores[node]
 
     def best(self, node: int) -> int:
-        scores = self.scores(node)
-        token = scores.argmax(-1)
-        self._check(node, float(scores[token]))
-        return int(token)
+        if self.apply is None and _must_wait(self.logits.device):
+            if self._bests is None:
+                self._bests = best_tokens(self.logits)
+            token, score = self._bests[node]
+        else:
+            scores = self.scores(node)
+            best = scores.argmax(-1)
+            token, score = int(best), float(scores[best])
+        self._check(node, score)
+        return token
 
     def probs(self, node: int) -> Tensor:
         if self.is_greedy:
@@ -153,3 +160,15 @@ class LazyProbs:
                 f"cannot pick a token: the logits for position {position} of row {self.row.key} hold NaN or infinity, "
                 "or every token is excluded (try float32, or check the model's weights and the logits processors)"
             )
+
+
+def best_tokens(logits: Tensor) -> list[tuple[int, float]]:
+    """For each row of ``logits`` (n, V) the best token and its logit, in one copy to the host."""
+    best = logits.max(-1)
+    tokens, scores = torch.stack((best.indices.double(), best.values.double())).tolist()
+    return [(int(token), score) for token, score in zip(tokens, scores, strict=True)]
+
+
+def _must_wait(device: torch.device) -> bool:
+    """Whether each number that is read waits for the device: then all nodes are decided at once."""
+    return device.type != "cpu"

@@ -181,5 +181,11 @@ def _agree(model: Any, tokens: list[int], logits: Tensor) -> bool:
         raise NonFiniteLogitsError(
             f"{name} gives NaN or infinite logits for a short prompt; check its weights, or try float32"
         )
-    allowed = _TOLERANCE.get(model.dtype, _TOLERANCE_16_BIT) * (plain - plain.mean()).norm()
-    return bool((logits.double() - plain).norm() <= allowed)
+    return agree(logits, plain, model.dtype)
+
+
+def agree(logits: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether ``logits`` are those ``expected`` up to rounding in ``dtype`` (None: their own), judged by their spread."""
+    wanted = expected.double()
+    allowed = _TOLERANCE.get(dtype or logits.dtype, _TOLERANCE_16_BIT) * (wanted - wanted.mean()).norm()
+    return bool((logits.double() - wanted).norm() <= allowed)

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from specdec.attention import MaskStyle
-from specdec.cache import RaggedCache
+from specdec.cache import Move, RaggedCache
 from specdec.capture import Capture, joined
+from specdec.captured import CapturedPasses, borrow, give_back
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row, Scores
 from specdec.passes import Lines, Part, in_lockstep, in_order, mask_plan, pass_slots
 from specdec.probe import Support, inspect_model, probe
+from specdec.recording import Recorder
 from specdec.tree import TokenTree
 
 PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
@@ -40,6 +42,8 @@ class CausalLM:
         model: any ``PreTrainedModel`` with a language-model head; it stays unmodified.
         capture_hidden: also return the input of the output matrix for each new token (see ``request``).
         feature_layers: also return these entries of ``hidden_states`` (0 = embeddings), side by side.
+        recorders: makes what records passes for replay (``specdec.captured.graph_recorders``); None: nothing is.
+            What was recorded, and the cache, stay for the next engine on ``model`` once all rows are closed.
         clock: seconds; the time spent inside the model is added up in ``model_s``.
 
     Raises:
@@ -52,6 +56,7 @@ class CausalLM:
         *,
         capture_hidden: bool = False,
         feature_layers: Sequence[int] = (),
+        recorders: Callable[[], Recorder] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = model
@@ -65,9 +70,12 @@ class CausalLM:
         self.hidden_size: int = self._config.hidden_size
         self._lines = Lines()
         self._cache = self._new_cache()
+        self.recorders: Callable[[], Recorder] | None = None  # the probe takes the ordinary path
+        self.captured: CapturedPasses | None = None
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._capture = Capture(model, capture_hidden, tuple(feature_layers))
         self._probe()
+        self.recorders = recorders
 
     def request(self, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
         """Return these hidden states, too, with every pass from now on; what was asked for earlier stays.
@@ -114,6 +122,9 @@ class CausalLM:
         """
         for row in rows:
             self._check(row)
+        style = self.support.style
+        if self.recorders and style and not len(self._lines) and not self.chain_only:
+            self._cache, self.captured = borrow(self.model, style, self.recorders, self._new_cache)
         self._lines.open(rows, self._cache)
 
     def score(
@@ -149,23 +160,26 @@ class CausalLM:
 
     def commit(self, rows: Sequence[Row], paths: Sequence[Sequence[int]]) -> None:
         """Keep the slots of the nodes ``paths`` (root first); they become the rows' next slots."""
+        moves = []
         for row, path in zip(rows, paths, strict=True):
             line = self._lines[row]
             path = [line.nodes[node] for node in path]
-            first = next((i for i, node in enumerate(path) if node != i), len(path))
-            if first < len(path):
-                source = torch.tensor([line.length + node for node in path[first:]], device=self.device)
-                self._cache.move_slots(line.index, source, slice(line.length + first, line.length + len(path)))
+            if path != list(range(len(path))):
+                moves.append(Move(line.index, line.length, path))
             line.length += len(path)
+        self._cache.move_slots(moves)
 
     def close(self, rows: Sequence[Row]) -> None:
         """Free the lines of ``rows``."""
         self._lines.close(rows, self._cache)
+        if self.captured and rows and not len(self._lines):
+            give_back(self.model, self._cache, self.captured)
+            self._cache = self._new_cache()
 
     def reset(self) -> None:
         """Forget all rows and free the cache."""
         self._lines = Lines()
-        self._cache = self._new_cache()
+        self._cache, self.captured = self._new_cache(), None
 
     def _probe(self) -> None:
         """Try what the config promises, so that no model can be wrong in silence; once for each model object."""
@@ -221,9 +235,25 @@ class CausalLM:
             line.length = part.base
         return chunks
 
-    @torch.no_grad()
     def _forward(self, parts: Sequence[Part]) -> list[Scores]:
         """One forward pass over parts that stand in neighbouring lines of the cache."""
+        if self.captured is None:
+            return self._run(parts)
+        started = self._clock()
+        replayed = self.captured.score(self.model, parts, self._cache, self._capture)
+        if replayed is None:
+            return self._run(parts)
+        self.model_s += self._clock() - started
+        self.num_passes += 1
+        if self.captured.needs_check:
+            ordinary = self._run(parts)
+            self.captured.check(replayed, ordinary)
+            return ordinary
+        return replayed
+
+    @torch.no_grad()
+    def _run(self, parts: Sequence[Part]) -> list[Scores]:
+        """The ordinary path: whatever the model, the parts and the device."""
         columns = [part.new_tokens for part in parts]
         num_columns = max(map(len, columns))
         input_ids = torch.tensor([[0] * (num_columns - len(c)) + c for c in columns], device=self.device)

@@ -24,6 +24,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.accelerate import accelerated_copy
 from specdec.budget import PassCosts, make_budget
+from specdec.captured import graph_recorders, kernel_copy
 from specdec.decode import Decoder, Emission
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.drafters import make_drafter
@@ -56,6 +57,7 @@ def generate(
     max_nodes: int = DEFAULT_MAX_NODES,
     adaptive: bool = True,
     accelerate: bool = False,
+    cuda_graphs: bool = False,
     on_step: Callable[[Step], None] | None = None,
     streamer: Any | None = None,
     tokenizer: Any | None = None,
@@ -81,6 +83,8 @@ def generate(
             AdaptiveBudget); False: always up to ``max_nodes``.
         accelerate: on a CPU, run a copy of the models with packed linear layers, which takes a second copy of their
             weights for as long as the models live; elsewhere nothing changes.
+        cuda_graphs: on a GPU, run on our attention kernels and replay each pass over a tree as a CUDA graph; cache and
+            graphs stay for the next call. Not yet seen on a GPU (docs/gpu-todo.md), so it is off by default.
         on_step: called with every step of every row.
         streamer, tokenizer, stop_strings, stopping_criteria, **kwargs: as for ``model.generate``.
 
@@ -114,6 +118,7 @@ def generate(
         max_nodes=max_nodes,
         adaptive=adaptive,
         accelerate=accelerate,
+        cuda_graphs=cuda_graphs,
         on_step=on_step,
         streamer=streamer,
     )
@@ -129,6 +134,7 @@ def custom_generate(
     max_nodes: int = DEFAULT_MAX_NODES,
     adaptive: bool = True,
     accelerate: bool = False,
+    cuda_graphs: bool = False,
     on_step: Callable[[Step], None] | None = None,
     streamer: Any | None = None,
 ) -> Callable[..., Any]:
@@ -147,8 +153,9 @@ def custom_generate(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        ours = accelerated_copy if accelerate else lambda plain: plain
-        target = CausalLM(ours(model))
+        recorders = graph_recorders(model) if cuda_graphs else None
+        ours = kernel_copy if cuda_graphs else accelerated_copy if accelerate else lambda plain: plain
+        target = CausalLM(ours(model), recorders=recorders)
         check_generation_config(generation_config)
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
         models = tuple(map(ours, _as_models(draft_model)))

@@ -190,7 +190,7 @@ def test_a_system_message_without_a_template(refused, tmp_path):
 
 
 def test_a_fault_of_ours_is_one_line_with_its_own_status(specdec_command, target, monkeypatch):
-    monkeypatch.setattr("specdec.cli.loading.CausalLM", lambda _model: 1 // 0)
+    monkeypatch.setattr("specdec.cli.loading.CausalLM", lambda _model, **_: 1 // 0)
     ran = specdec_command("generate", "abc", "--target", target)
     assert ran.status == 3
     assert ran.error.startswith("error: unexpected ZeroDivisionError")
@@ -204,7 +204,7 @@ def test_debug_shows_the_traceback(specdec_command, monkeypatch):
 
 
 def test_memory_that_runs_out_is_said_in_words(specdec_command, target, monkeypatch):
-    def full(_model):
+    def full(_model, **_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("specdec.cli.loading.CausalLM", full)
@@ -214,7 +214,7 @@ def test_memory_that_runs_out_is_said_in_words(specdec_command, target, monkeypa
 
 
 def test_ctrl_c_while_loading(specdec_command, target, monkeypatch):
-    def interrupted(_model):
+    def interrupted(_model, **_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("specdec.cli.loading.CausalLM", interrupted)

@@ -26,8 +26,9 @@ CORE = (
     "specdec.provenance specdec.defaults specdec.files specdec.budget"
 ).split()
 MODEL = (
-    "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models specdec.prompts "
-    "specdec.accelerate specdec.grouped_attention specdec.packed_linear specdec.fused_layer"
+    "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
+    "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.accelerate "
+    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer"
 ).split()
 RULES: list[tuple[str, list[str]]] = [
     ("specdec.kernels", ["specdec.kernels"]),

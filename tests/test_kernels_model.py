@@ -19,7 +19,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
+import specdec.cache
 from specdec import grouped_attention
+from specdec.cache import Move, RaggedCache
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row
 from specdec.target import CausalLM
@@ -92,6 +94,33 @@ def test_tree_passes_take_the_kernel_and_give_the_same_logits(family: str, calls
     assert set(calls) == {2.0 if "softcap" in family else 0.0}
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (64, 128)], ids=["equal layers", "layers that differ"])
+def test_slots_are_moved_by_one_launch_where_layers_are_equal(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what copies layer by layer give, for rows that move much, little and nothing."""
+    launches: list[int] = []
+    commit = specdec.cache.commit_kv
+    monkeypatch.setattr(specdec.cache, "commit_kv", lambda *args: (launches.append(1), commit(*args)))
+    moves = [Move(2, 7, [0, 1, 4, 9, 11]), Move(0, 30, [0, 3])]
+    kept = []
+    for mode in ("sim", "torch"):
+        monkeypatch.setenv("SPECDEC_KERNELS", mode)
+        torch.manual_seed(1)
+        cache = RaggedCache(len(sizes))
+        cache.reserve_rows(3)
+        cache.begin_pass(0, 0, 50, None)
+        for layer, size in zip(cache.layers, sizes, strict=True):
+            layer.update(torch.randn(3, 2, 50, size), torch.randn(3, 2, 50, size))
+        for _ in range(2):
+            cache.move_slots(moves)
+        cache.make_room(200)  # new buffers: the table of addresses must be new, too
+        cache.move_slots([Move(1, 40, [0, 2, 5])])
+        kept.append([buffer for pair in cache.pairs if pair for buffer in pair])
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    assert len(launches) == (3 if len(set(sizes)) == 1 else 0)
 
 
 def test_without_kernels_the_same_attention_runs_in_torch(monkeypatch: pytest.MonkeyPatch, calls: list[float]) -> None:

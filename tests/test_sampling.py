@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import specdec.policy
 from specdec.errors import NonFiniteLogitsError, UnsupportedOptionError
 from specdec.interfaces import Row, Scores, TargetProbs
 from specdec.policy import ParamsPolicy, Policy, ProcessorPolicy
@@ -198,11 +199,17 @@ class Identity:
     ids=str,
 )
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("must_wait", [False, True], ids=["node by node", "all nodes at once"])
 @pytest.mark.parametrize("processors", [None, [Identity()]], ids=["fast", "processors"])
 def test_logits_that_are_not_finite_are_an_error_that_names_the_position(
-    params: SamplingParams, bad: float, processors: list[Any] | None
+    params: SamplingParams,
+    bad: float,
+    processors: list[Any] | None,
+    must_wait: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards text made of NaN. One NaN or +inf is enough, wherever it stands; -inf must be everywhere."""
+    monkeypatch.setattr(specdec.policy, "_must_wait", lambda _: must_wait)
     policy: Policy = ParamsPolicy(params) if processors is None else ProcessorPolicy(processors, params)
     everywhere, anywhere = list(range(6)), [[0], [1], [5]]
     for where in [everywhere] if bad == -math.inf else [*anywhere, everywhere]:
@@ -215,6 +222,23 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_position(
             with pytest.raises(NonFiniteLogitsError, match="position 6 of row 0"):
                 probs.best(3)
         assert math.isclose(float(probs.probs(4).sum()), 1, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_all_nodes_at_once_are_the_nodes_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a greedy step waits once. Of equal scores any is right; float64 tells neighbours of float32 apart."""
+    logits = torch.randn(6, 5000, dtype=torch.float64)
+    logits[2, 4000] = 9.0
+    logits[2, 17] = 9.0 + 1e-12
+    logits = logits.to(dtype)
+    one_by_one = [at_nodes(ParamsPolicy(GREEDY), logits).best(node) for node in range(6)]
+    monkeypatch.setattr(specdec.policy, "_must_wait", lambda _: True)
+    probs = at_nodes(ParamsPolicy(GREEDY), logits)
+    at_once = [probs.best(node) for node in range(6)]
+    assert [float(logits[i, t]) for i, t in enumerate(at_once)] == [
+        float(logits[i, t]) for i, t in enumerate(one_by_one)
+    ]
+    assert dtype is not torch.float64 or at_once[2] == 17
 
 
 def test_a_processor_that_excludes_every_token_is_an_error() -> None:

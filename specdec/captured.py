@@ -1,0 +1,218 @@
+"""Verify passes recorded once and replayed: CUDA graphs for the passes that every step of a decode loop makes.
+
+There is a recording for each number of rows, bucket of columns and capacity of the cache (``specdec.static_pass``).
+What does not fit takes the ordinary path: prefill, models that verify chains only, more columns than the largest
+bucket. Replays and ordinary passes share one cache and may follow each other in any order.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from specdec.attention import MaskStyle
+from specdec.cache import RaggedCache
+from specdec.capture import Capture
+from specdec.errors import UnsupportedOptionError
+from specdec.grouped_attention import NAME, use_kernels
+from specdec.interfaces import Scores
+from specdec.kernels.attention import MAX_AREA
+from specdec.kernels.gpu import device_unavailable
+from specdec.passes import Part
+from specdec.probe import agree
+from specdec.recording import CudaGraphs, Recorder, Recording
+from specdec.static_pass import WORD, PassOutput, PassShape, StepInputs, recordable, tree_of
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)  # columns
+_MIN_CAPACITY = 1024  # slots; capacities double, because each new one means to record everything again
+_MAX_RECORDINGS = 32  # those that were not used for longest go first
+_log = logging.getLogger("specdec.captured")
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    inputs: StepInputs
+    recording: Recording[PassOutput]
+    lengths: list[int]  # (B,) kept slots when it was made
+
+
+class CapturedPasses:
+    """The recorded passes over one cache.
+
+    The first replay at other lengths than those of its recording is to be compared with an ordinary pass (see
+    ``needs_check``): a model whose code held on to a number must not be wrong in silence.
+    """
+
+    def __init__(self, style: MaskStyle, recorders: Callable[[], Recorder], device: torch.device) -> None:
+        self.fault = ""  # why nothing is recorded any more; empty while all is well
+        self.needs_check = False
+        self.num_recordings = self.num_replays = 0
+        self.record_s = 0.0
+        self.num_bytes = 0  # of what is recorded now
+        self.style, self.recorders, self._device = style, recorders, device
+        self._recorder = recorders()
+        self._recorded: dict[PassShape, _Recorded] = {}
+        self._buffers: list[Tensor] = []  # those of the cache that the recordings write to
+        self._is_checked = False
+
+    def score(self, model: Any, parts: Sequence[Part], cache: RaggedCache, capture: Capture) -> list[Scores] | None:
+        """Scores of ``parts``, which stand in neighbouring lines of ``cache``; None: take the ordinary path."""
+        shape = self._shape(parts, cache, capture)
+        if shape is None:
+            return None
+        buffers = [buffer for pair in cache.pairs if pair for buffer in pair]
+        if any(a is not b for a, b in zip_longest(buffers, self._buffers)):
+            self.forget()
+            self._buffers = buffers
+        known = self._recorded.pop(shape, None)
+        if known is None:
+            known = self._record(model, shape, parts, cache, capture)
+            if known is None:
+                return None
+        else:
+            known.inputs.load(parts)
+            self.needs_check = not self._is_checked and known.lengths != _lengths(parts)
+        self._recorded[shape] = known  # the newest stands last
+        self.num_replays += 1
+        return known.recording.replay().scores(parts)
+
+    def check(self, replayed: Sequence[Scores], ordinary: Sequence[Scores]) -> None:
+        """Compare a replay with an ordinary pass over the same parts; ``fault`` says what came of it."""
+        self.needs_check, self._is_checked = False, True
+        if not all(agree(got.logits, expected.logits) for got, expected in zip(replayed, ordinary, strict=True)):
+            self._give_up("a replay gave other logits than an ordinary pass")
+
+    def forget(self) -> None:
+        """Drop all recordings and the memory that they share."""
+        self._recorded.clear()
+        self._buffers, self.num_bytes = [], 0
+        self._recorder = self.recorders()
+
+    def _shape(self, parts: Sequence[Part], cache: RaggedCache, capture: Capture) -> PassShape | None:
+        """What to replay, with room for it in ``cache``; None: it does not fit."""
+        if self.fault or any(part.tree is None for part in parts) or not cache.capacity:
+            return None
+        num_columns = _at_least(BUCKETS, max(len(part.new_tokens) for part in parts))
+        behind = max(part.base + len(tree_of(part)) - part.line.length for part in parts)
+        area = -(-behind // WORD) * WORD
+        if num_columns is None or area > MAX_AREA:
+            return None
+        needed = max(max(part.line.length + area, part.start + num_columns) for part in parts)
+        if needed > cache.capacity:
+            cache.make_room(max(_MIN_CAPACITY, 1 << (needed - 1).bit_length()))
+        else:
+            cache.make_room(cache.capacity)  # rows may be reserved that no pass has seen
+        first = parts[0].line.index
+        return PassShape(first, len(parts), num_columns, area, cache.capacity, capture.hidden, capture.layers)
+
+    def _record(
+        self, model: Any, shape: PassShape, parts: Sequence[Part], cache: RaggedCache, capture: Capture
+    ) -> _Recorded | None:
+        while len(self._recorded) >= _MAX_RECORDINGS:
+            self.num_bytes -= self._recorded.pop(next(iter(self._recorded))).recording.num_bytes
+        inputs = StepInputs(shape, self._device)
+        inputs.load(parts)
+        try:
+            recording = self._recorder.record(recordable(model, self.style, shape, inputs, cache, capture))
+        except RuntimeError as error:
+            self._give_up(f"{type(model).__name__} cannot be recorded: {str(error).splitlines()[0]}")
+            return None
+        self.num_recordings += 1
+        self.record_s += recording.seconds
+        self.num_bytes += recording.num_bytes
+        return _Recorded(inputs, recording, _lengths(parts))
+
+    def _give_up(self, fault: str) -> None:
+        self.fault = fault
+        self.forget()
+        _log.warning("passes are no longer captured: %s", fault)
+
+
+# What engines left behind when their last row ended, for the next one on the same model: a recording takes longer
+# than many passes, and generate() builds an engine at every call.
+_IDLE: WeakKeyDictionary[Any, list[tuple[Any, RaggedCache, CapturedPasses]]] = WeakKeyDictionary()
+
+
+def _state(model: Any, style: MaskStyle, recorders: Callable[[], Recorder]) -> Any:
+    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+    return style, recorders, torch.is_inference_mode_enabled(), weights
+
+
+def borrow(
+    model: Any, style: MaskStyle, recorders: Callable[[], Recorder], new_cache: Callable[[], RaggedCache]
+) -> tuple[RaggedCache, CapturedPasses]:
+    """A cache and passes recorded over it, which nobody else uses until they are given back."""
+    state, idle = _state(model, style, recorders), _IDLE.get(model, [])
+    while idle:
+        made_for, cache, passes = idle.pop()
+        if made_for == state:
+            return cache, passes
+    return new_cache(), CapturedPasses(style, recorders, model.get_input_embeddings().weight.device)
+
+
+def give_back(model: Any, cache: RaggedCache, passes: CapturedPasses) -> None:
+    """Leave them to the next engine on ``model``."""
+    state = _state(model, passes.style, passes.recorders)
+    _IDLE.setdefault(model, []).append((state, cache, passes))
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRecorders:
+    """Makes recorders of CUDA graphs; equal for equal devices."""
+
+    device: torch.device
+
+    def __call__(self) -> Recorder:
+        return CudaGraphs(self.device)
+
+
+def graph_recorders(model: Any) -> GraphRecorders:
+    """For ``CausalLM(model, recorders=...)``.
+
+    Raises:
+        UnsupportedOptionError: the model lies elsewhere than on one GPU, or our kernels cannot run there.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    device = model.get_input_embeddings().weight.device
+    fault = f"the model lies on {len(devices)} devices" if len(devices) > 1 else device_unavailable(device)
+    if fault:
+        raise UnsupportedOptionError(
+            f"CUDA graphs need a model on one GPU and attention by our own kernels: {fault}; leave cuda_graphs out"
+        )
+    return GraphRecorders(device)
+
+
+_COPIES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def kernel_copy(model: Any) -> Any:
+    """``model`` on our attention: a copy that shares all weights, kept for as long as ``model`` lives.
+
+    Raises:
+        UnsupportedModelError: the model keeps another attention.
+    """
+    if model.config.get_text_config()._attn_implementation == NAME:
+        return model
+    weights = tuple(id(parameter) for parameter in model.parameters())
+    if _COPIES.get(model, (None, None))[0] != weights:
+        shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        ours = copy.deepcopy(model, shared)
+        use_kernels(ours)
+        _COPIES[model] = (weights, ours)
+    return _COPIES[model][1]
+
+
+def _at_least(sizes: Sequence[int], wanted: int) -> int | None:
+    return next((size for size in sizes if size >= wanted), None)
+
+
+def _lengths(parts: Sequence[Part]) -> list[int]:
+    return [part.line.length for part in parts]
