@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from enum import StrEnum
 from pathlib import Path
@@ -84,7 +85,7 @@ def export(
 def serve_commands(target: str, folder: Path) -> dict[Engine, str]:
     """The command line of each engine."""
     place = shlex.quote(str(folder))
-    config = f'{{"method": "eagle3", "model": "{folder}", "num_speculative_tokens": {_NUM_TOKENS}}}'
+    config = json.dumps({"method": "eagle3", "model": str(folder), "num_speculative_tokens": _NUM_TOKENS})
     name = shlex.quote(target)
     return {
         Engine.VLLM: f"vllm serve --model {name} --speculative-config {shlex.quote(config)}",
@@ -100,13 +101,14 @@ def serve_commands(target: str, folder: Path) -> dict[Engine, str]:
 def chain_acceptance(folder: Path, target: str, model: Any, count: int) -> Stats:
     """What the exported head accepts as a chain, greedy, on built-in prompts."""
     from specdec.cli.acceptance import measure_acceptance
+    from specdec.drafters import format_drafter
     from specdec.models import load_tokenizer
     from specdec.prompts import BUILTIN, load_prompts, render_turns
 
     tokenizer, prompts = load_tokenizer(target), load_prompts(BUILTIN)
     chosen = prompts[:: max(1, len(prompts) // count)][:count]
     questions = [render_turns(tokenizer, prompt, []) for prompt in chosen]
-    spec = f"eagle:path={folder},shape=chain,num_tokens={_NUM_TOKENS}"
+    spec = format_drafter("eagle", {"path": str(folder), "shape": "chain", "num_tokens": _NUM_TOKENS})
     return measure_acceptance(model, spec, questions, _NUM_TOKENS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -57,6 +58,12 @@ def train(
     ] = False,
     steps: Annotated[int, typer.Option(metavar="N", help="eagle: steps of the training-time test.")] = 3,
     layers: Annotated[int, typer.Option(metavar="N", help="draft: decoder layers to keep.")] = 8,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Go on from this finished drafter, on other text, instead of from the target."
+        ),
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(metavar="N", help="Padded tokens of a training step.")] = 2048,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Rows that are generated at a time.")] = 64,
     precision: Annotated[str, typer.Option(metavar="NAME", help="Of training: bf16, fp16 or no.")] = "bf16",
@@ -80,6 +87,7 @@ def train(
     rate = (3e-4 if kind is Kind.DRAFT else 1e-3) if learning_rate is None else learning_rate
     settings = TrainSettings(epochs, minutes, rate, precision=precision, seed=seed)
     recipe = Recipe(kind.value, settings, batch_tokens, draft_vocab, heads, head_layers, own_output, steps, layers)
+    recipe = replace(recipe, start_from=None if start_from is None else str(start_from))
     source = Source(target, data, conversations, max_answer_tokens, batch_size, seed, work)
     folder = output.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,9 +118,10 @@ def load_plain(target: str, dtype: str, device: str) -> tuple[Any, Any]:
 def acceptance(kind: Kind, folder: Path, model: Any, questions: list[list[int]]) -> float:
     """Mean acceptance length of the finished drafter with the tree that it would draft, greedy."""
     from specdec.cli.acceptance import measure_acceptance
+    from specdec.drafters import format_drafter
 
     drafts = (load_model(str(folder), dtype="auto", device=str(model.device)),) if kind is Kind.DRAFT else ()
-    spec = "model:shape=best-first" if kind is Kind.DRAFT else f"{kind}:path={folder}"
+    spec = "model:shape=best-first" if kind is Kind.DRAFT else format_drafter(kind, {"path": str(folder)})
     stats = measure_acceptance(model, spec, questions, _JUDGED_NODES, drafts, _JUDGED_TOGETHER)
     return stats.mean_acceptance_length
 

@@ -113,7 +113,7 @@ class Source:
 
 @dataclass(slots=True)
 class Progress:
-    """A line on the error stream every few seconds; the rate is of what was done since the first line."""
+    """A line on the error stream every few seconds; the rate is of what was done since the first line, a second ago or more."""
 
     what: str
     _started: tuple[float, int] | None = None  # when, and what was done by then
@@ -126,5 +126,5 @@ class Progress:
             return
         self._shown = now
         since, first = self._started
-        rate = f" ({(done - first) / (now - since):.1f} a second)" if now > since and done > first else ""
+        rate = f" ({(done - first) / (now - since):.1f} a second)" if now - since > 1 and done > first else ""
         tell(f"{self.what}: {done} of {total}{', ' + more if more else ''}{rate}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -28,6 +30,11 @@ DRAFTERS: dict[str, str] = {
 
 Build = Callable[[DraftContext], Drafter]
 
+# option=value, and the comma behind it: a quoted string as in Python, or anything up to the next comma.
+_OPTION = re.compile(
+    r"""\s*([^=,\s]+)\s*=\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|(?!["'])[^,]*?)\s*(?:,|\Z)""", re.DOTALL
+)
+
 
 def drafter_names() -> list[str]:
     """All names: our own, then those of other installed packages."""
@@ -37,22 +44,35 @@ def drafter_names() -> list[str]:
 def parse_drafter(text: str) -> tuple[str, dict[str, Any]]:
     """The name and options of "name" or "name:option=value,option=value".
 
+    A value is read as a Python literal, and as text if it is none. One that holds a comma, or text that would be read
+    as a number, stands in quotes: ``eagle:path="a,b"``.
+
     Raises:
         ValueError: unknown name, or options of another form.
     """
     name, _, rest = text.partition(":")
-    if name not in drafter_names():
-        raise ValueError(f"no drafter is called {name!r}; choose one of {', '.join(drafter_names())}")
+    _check_name(name)
     options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"drafter options are written name:option=value,option=value; got {part!r} in {text!r}")
-        try:
-            options[key.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key.strip()] = value
+    place = 0
+    while place < len(rest):
+        found = _OPTION.match(rest, place)
+        if found is None:
+            raise ValueError(
+                "drafter options are written name:option=value,option=value, values with a comma in quotes "
+                f'(path="a,b"); got {rest[place:]!r} in {text!r}'
+            )
+        key, value = found.groups()
+        if key in options:
+            raise ValueError(f"drafter option {key} stands twice in {text!r}")
+        options[key] = _read(value)
+        place = found.end()
     return name, options
+
+
+def format_drafter(name: str, options: Mapping[str, Any]) -> str:
+    """The text that ``parse_drafter`` reads as ``name`` and ``options``, values being text, numbers, booleans or None."""
+    written = ",".join(f"{key}={_written(value)}" for key, value in options.items())
+    return f"{name}:{written}" if written else name
 
 
 def make_drafter(text: str, context: DraftContext) -> Drafter:
@@ -62,17 +82,47 @@ def make_drafter(text: str, context: DraftContext) -> Drafter:
         ValueError: unknown name or option, or something that this drafter needs is missing.
     """
     name, options = parse_drafter(text)
+    return build_drafter(name, replace(context, options=options))
+
+
+def build_drafter(name: str, context: DraftContext) -> Drafter:
+    """The drafter called ``name``, with the options in ``context``.
+
+    Raises:
+        ValueError: as for ``make_drafter``.
+    """
     build = _builder(name)
     try:
-        return build(replace(context, options=options))
+        return build(context)
     except TypeError as error:
-        if not options:
+        if not context.options:
             raise
         known = (inspect.getdoc(build) or "see its documentation").splitlines()[0]
-        raise ValueError(f"drafter {name!r} does not take these options: {options} ({error}). {known}") from error
+        raise ValueError(
+            f"drafter {name!r} does not take these options: {context.options} ({error}). {known}"
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    if name not in drafter_names():
+        raise ValueError(f"no drafter is called {name!r}; choose one of {', '.join(drafter_names())}")
+
+
+def _read(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        return text
+
+
+def _written(value: Any) -> str:
+    text = str(value)
+    whole = _OPTION.fullmatch(f"x={text}")
+    return text if whole and whole[2] == text and _read(text) == value else json.dumps(text, ensure_ascii=False)
 
 
 def _builder(name: str) -> Build:
+    _check_name(name)
     if name in DRAFTERS:
         return import_module(DRAFTERS[name]).build  # type: ignore[no-any-return]
     (point, *_) = entry_points(group=ENTRY_POINTS, name=name)

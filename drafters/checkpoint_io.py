@@ -88,12 +88,21 @@ class TensorFiles:
 
     def _unpickled(self, file: Path) -> dict[str, Tensor]:
         if file not in self._pickled:
-            with _explained(file):
-                loaded = torch.load(file, map_location="cpu", weights_only=True)
+            loaded = read_plain(file)
             if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
                 raise CheckpointError(f"{file} must hold a flat table of tensors, as a state dict does")
             self._pickled[file] = loaded
         return self._pickled[file]
+
+
+def read_plain(file: Path) -> Any:
+    """What a .pt or .bin file holds, tensors on the CPU; nothing in it is run.
+
+    Raises:
+        CheckpointError: damaged, or something else than tensors and plain values.
+    """
+    with _explained(file):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextmanager
@@ -102,12 +111,13 @@ def _explained(file: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} is damaged, or holds more than plain tensors and is not run to find out: {error}"
+            f"{file} is damaged, or holds more than plain tensors and is not run to find out"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{file} is damaged or no checkpoint: {error}") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{file} is damaged or no checkpoint: {why}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

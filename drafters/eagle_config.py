@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specdec.errors import CheckpointError
 
@@ -15,6 +17,11 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 _KNOWN = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "EagleLlamaForCausalLM", "LlamaForCausalLM")
 # Engines count these one apart, and both mean hidden_states[2], [L // 2] and [L - 3]: the only features known here.
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+_ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+    "draft_vocab_size", "target_hidden_size", "num_hidden_layers", "max_position_embeddings",
+)  # fmt: skip
 _SHARES_OUTPUT = "specdec_shares_output"  # our own: other engines need the matrix
 
 
@@ -52,15 +59,15 @@ class EagleConfig:
         eos = config.eos_token_id
         fields: dict[str, Any] = {
             "hidden_size": size,
-            "intermediate_size": config.intermediate_size,
+            "intermediate_size": _size(config, "intermediate_size") or 4 * size,
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or size // heads,
+            "num_key_value_heads": _size(config, "num_key_value_heads") or heads,
+            "head_dim": _size(config, "head_dim") or size // heads,
             "vocab_size": config.vocab_size,
             "draft_vocab_size": draft_vocab_size,
             "target_hidden_size": size,
             "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
-            "max_position_embeddings": config.max_position_embeddings,
+            "max_position_embeddings": _size(config, "max_position_embeddings") or 2048,
             "bos_token_id": config.bos_token_id,
             "eos_token_id": eos[0] if isinstance(eos, list) else eos,
         }
@@ -79,12 +86,12 @@ class EagleConfig:
         _check_architecture(config)
         try:
             size, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            return cls(
+            found = cls(
                 hidden_size=size,
                 intermediate_size=int(config["intermediate_size"]),
                 num_attention_heads=heads,
                 num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or size // heads),
+                head_dim=int(config.get("head_dim") or size // max(heads, 1)),
                 vocab_size=int(config["vocab_size"]),
                 draft_vocab_size=int(config.get("draft_vocab_size") or config["vocab_size"]),
                 target_hidden_size=int(config.get("target_hidden_size") or size),
@@ -103,6 +110,24 @@ class EagleConfig:
             raise CheckpointError(f"the head's config.json lacks {error}") from None
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"the head's config.json holds a value that is no size: {error}") from None
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Refuse what no network can be made of."""
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{name} in the head's config.json must be at least 1, got {getattr(self, name)}")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups or self.head_dim % 2:
+            raise CheckpointError(
+                "the head's config.json must have a multiple of num_key_value_heads as num_attention_heads and an even "
+                f"head_dim, got {groups}, {heads} and {self.head_dim}"
+            )
+        kind = self.rope_parameters["rope_type"]
+        for name, value, known in (("hidden_act", self.hidden_act, ACT2FN), ("rope_type", kind, _ROPE_TYPES)):
+            if value not in known:
+                raise CheckpointError(f"{name} {value!r} in the head's config.json is not known to transformers")
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json of the EAGLE-3 layout that serving engines read."""
@@ -117,9 +142,11 @@ class EagleConfig:
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
             "hidden_act": self.hidden_act,
+            "attention_bias": self.attention_bias,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_parameters["rope_theta"],
             "rope_parameters": dict(self.rope_parameters),
+            **self._rope_scaling(),
             "max_position_embeddings": self.max_position_embeddings,
             "vocab_size": self.vocab_size,
             "draft_vocab_size": self.draft_vocab_size,
@@ -131,6 +158,12 @@ class EagleConfig:
             **({_SHARES_OUTPUT: True} if self.shares_output else {}),
         }
 
+    def _rope_scaling(self) -> dict[str, Any]:
+        """What readers of older configs look for where positions are scaled: without it they scale none, in silence."""
+        if self.rope_parameters.get("rope_type", "default") == "default":
+            return {}
+        return {"rope_scaling": {key: value for key, value in self.rope_parameters.items() if key != "rope_theta"}}
+
     def llama(self) -> LlamaConfig:
         """What transformers' rotary embeddings are made from."""
         return LlamaConfig(
@@ -141,6 +174,15 @@ class EagleConfig:
             max_position_embeddings=self.max_position_embeddings,
             rope_parameters=dict(self.rope_parameters),
         )
+
+
+def _size(config: Any, name: str) -> int | None:
+    """A size of a target's config; None if it has none of that name, or one for each layer."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers' own, where layers differ
+        return None
+    return value if isinstance(value, int) else None
 
 
 def _check_architecture(config: Mapping[str, Any]) -> None:

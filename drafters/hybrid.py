@@ -147,7 +147,7 @@ def build(context: DraftContext) -> Drafter:
 
 
 def _build(context: DraftContext, parts: str = "ngram+recycling", enough: float = ENOUGH, **options: Any) -> Drafter:
-    from specdec.drafters import make_drafter
+    from specdec.drafters import build_drafter
 
     names = parts.split("+")
     stray = [key for key in options if key.split(".")[0] not in names]
@@ -156,6 +156,5 @@ def _build(context: DraftContext, parts: str = "ngram+recycling", enough: float 
     made = []
     for name in names:
         own = {key.split(".", 1)[1]: value for key, value in options.items() if key.startswith(name + ".")}
-        text = name + (":" + ",".join(f"{key}={value}" for key, value in own.items()) if own else "")
-        made.append(make_drafter(text, context))
+        made.append(build_drafter(name, replace(context, options=own)))
     return HybridDrafter(made, enough=enough)

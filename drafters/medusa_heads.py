@@ -173,7 +173,10 @@ def _read_config(heads: MedusaHeads, file: Path) -> None:
     config = read_json(file) if file.is_file() else {}
     try:
         shape = StaticShape(tuple(sorted((tuple(c) for c in config.get("choices", ())), key=lambda c: (len(c), c))))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"the choices in {file} are no tree: {error}") from None
     heads.choices = shape.paths
-    heads.accuracies = tuple(tuple(row) for row in config.get("accuracies", ()))
+    try:
+        heads.accuracies = tuple(tuple(map(float, row)) for row in config.get("accuracies", ()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"the accuracies in {file} are no table of rates: {error}") from None

@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -309,10 +310,14 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if place.type != "cpu":
         options["device_map"] = {"": place}  # straight to the device, without a copy in main memory
-    read = partial(
-        AutoModelForCausalLM.from_pretrained, str(source), config=config, output_loading_info=True, **options
-    )
-    model, info = _load(source, read)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are checked below
+    model, info = _load(source, partial(AutoModelForCausalLM.from_pretrained, str(source), config=config, **options))
+    if other := sorted(info["mismatched_keys"]):
+        name, stored, expected = other[0]
+        raise ModelUnavailableError(
+            f"{name} in {name_or_path} has shape {tuple(stored)}, where its config asks for {tuple(expected)}: "
+            "weights and config are not of one model"
+        )
     if missing := sorted(info["missing_keys"]):
         raise ModelUnavailableError(
             f"{name_or_path} lacks {len(missing)} of the weights of {type(model).__name__} (such as {missing[0]}): "
@@ -362,6 +367,7 @@ def _locate(name_or_path: str | Path, needed: tuple[str, ...], progress: Progres
 
 def _load(source: Path | str, read: Callable[..., Any]) -> Any:
     """``read(local_files_only=True)``, then for a Hub id also over the network. Failures become one sentence."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -376,7 +382,11 @@ def _load(source: Path | str, read: Callable[..., Any]) -> Any:
             return read(local_files_only=False)
     except ModelUnavailableError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except pickle.UnpicklingError:
+        raise ModelUnavailableError(
+            f"cannot load {source}: its weights are damaged, or hold more than plain tensors and are not run to find out"
+        ) from None
+    except (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError) as error:
         raise ModelUnavailableError(f"cannot load {source}: {_first_line(error)}") from None
 
 
@@ -403,7 +413,9 @@ def _check_on_hub(hub_id: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """With the next one, where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager

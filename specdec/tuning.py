@@ -17,7 +17,7 @@ import numpy as np
 
 from specdec.budget import AdaptiveBudget, Budget, Calibration, FixedBudget, PassCosts, make_budget
 from specdec.decode import Decoder
-from specdec.drafters import make_drafter, parse_drafter
+from specdec.drafters import format_drafter, make_drafter, parse_drafter
 from specdec.interfaces import DraftContext, Drafter, Row, Verdict, Verifier
 from specdec.noise import PhiloxNoise
 from specdec.policy import ParamsPolicy
@@ -211,7 +211,7 @@ def _limited(each: Record, size: int) -> tuple[str, float]:
     if size >= length:
         return each.spec, each.draft_s
     options["num_tokens"] = size
-    return name + ":" + ",".join(f"{key}={value}" for key, value in options.items()), each.draft_s * size / length
+    return format_drafter(name, options), each.draft_s * size / length
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,6 +183,11 @@ FAULTS: dict[str, tuple[Callable[[Tensors], None], dict[str, Any], str]] = {
         lambda _: None, {"hidden_size": H // 2, "target_hidden_size": H}, "lacks embed_tokens.weight",
     ),
     "no size": (lambda _: None, {"hidden_size": "wide"}, "no size"),
+    "no heads": (lambda _: None, {"num_attention_heads": 0}, "num_attention_heads .* at least 1, got 0"),
+    "a negative size": (lambda _: None, {"intermediate_size": -I}, "intermediate_size .* at least 1, got -12"),
+    "heads that do not share out": (lambda _: None, {"num_attention_heads": 3, "num_key_value_heads": 2}, "a multiple"),
+    "another activation": (lambda _: None, {"hidden_act": "zelu"}, "hidden_act 'zelu' .* not known"),
+    "another rotation": (lambda _: None, {"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral' .* not known"),
 }  # fmt: skip
 
 

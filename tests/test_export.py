@@ -9,6 +9,7 @@ import json
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,37 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tinychat import VOCAB, Command, make_tokenizer, save
+from torch import Tensor
 from trained import random_eagle, tiny_target
+from transformers import LlamaForCausalLM
 
 from specdec.cli.export import Engine, Layout, export, serve_commands
 from specdec.drafters.eagle_cell import EagleCell
+from specdec.drafters.eagle_engine import feature_layers
 from specdec.drafters.eagle_format import load_eagle, save_eagle
 from specdec.drafters.shipped import target_facts
+from specdec.drafters.training.eagle import unrolled_attention
 
 IDS = sorted({*range(0, VOCAB, 3), 258})
+ROPE = {
+    "rope_type": "llama3", "rope_theta": 20000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def make_target() -> LlamaForCausalLM:
+    """With scaled positions, and deep enough that the layers a head reads are three different ones."""
+    model = tiny_target(VOCAB, layers=8)
+    model.config.rope_parameters = ROPE
+    scaled = LlamaForCausalLM(model.config).eval()
+    scaled.load_state_dict(model.state_dict())
+    return scaled
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A target, and a head for it that has no output matrix of its own."""
-    model = tiny_target(VOCAB)
+    model = make_target()
     target = save(tmp_path_factory.mktemp("target"), model, make_tokenizer())
     head = tmp_path_factory.mktemp("head")
     save_eagle(random_eagle(model, IDS).bfloat16(), head, target_facts(model), shares_output=True)
@@ -40,7 +58,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 def exported(folders: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The exported folder and what the command printed."""
     target, head = folders
-    output = tmp_path_factory.mktemp("out") / "exported"
+    output = tmp_path_factory.mktemp("out") / 'an, "export"'
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         export(Layout.EAGLE3, head, output, target, Engine.VLLM, measure=2, dtype="auto", device="cpu", threads=None)
@@ -76,6 +94,9 @@ def test_every_key_shape_and_type_is_the_documented_one(exported: tuple[Path, st
     assert (config["model_type"], config["num_hidden_layers"], config["norm_before_residual"]) == ("llama", 1, False)
     assert (config["vocab_size"], config["draft_vocab_size"], config["tie_word_embeddings"]) == (v, vd, False)
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    older = {key: value for key, value in ROPE.items() if key != "rope_theta"}
+    assert config["rope_parameters"] == ROPE
+    assert config["rope_scaling"] == older  # where only this is read, positions would else not be scaled
     assert {"hidden_size", "intermediate_size", "head_dim", "rms_norm_eps", "bos_token_id", "eos_token_id"} <= set(
         config
     )
@@ -87,7 +108,7 @@ def test_the_export_drafts_bit_for_bit_as_the_head(folders: tuple[str, Path], ex
     ours, theirs = load_eagle(head, 32, VOCAB), load_eagle(exported[0], 32, VOCAB)
     assert isinstance(ours, EagleCell)
     assert isinstance(theirs, EagleCell)
-    matrix = tiny_target(VOCAB).get_output_embeddings().weight.detach()
+    matrix = make_target().get_output_embeddings().weight.detach()
     assert torch.equal(theirs.lm_head.weight, matrix[IDS].bfloat16().float())
     same = [
         torch.equal(theirs.state_dict()[key], value)
@@ -145,6 +166,49 @@ def test_what_cannot_be_exported_is_refused(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("speculators") is None, reason="the library speculators is not installed")
-def test_speculators_accepts_the_folder(exported: tuple[Path, str], folders: tuple[str, Path], tmp_path: Path) -> None:
-    command = ["speculators", "convert", str(exported[0]), "--verifier", folders[0], "--algorithm", "eagle3"]
-    subprocess.run([*command, "--output-path", str(tmp_path / "converted")], check=True, timeout=300)
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_speculators_reads_the_folder_and_drafts_the_same_tokens(
+    exported: tuple[Path, str], folders: tuple[str, Path], tmp_path: Path
+) -> None:
+    """Its own network, unrolled for three steps, against ours: keys, positions, features and residuals all have to agree."""
+    converted, target = str(tmp_path / "converted"), folders[0]
+    command = ["speculators", "convert", str(exported[0]), "--verifier", target, "--algorithm", "eagle3"]
+    ran = subprocess.run(
+        [*command, "--output-path", converted], check=True, timeout=300, capture_output=True, text=True
+    )
+    assert "keys in checkpoint" not in ran.stderr  # it warns of missing and unexpected ones
+
+    from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+
+    config = Eagle3SpeculatorConfig.from_pretrained(converted)
+    config.transformer_layer_config._attn_implementation = "eager"
+    theirs = Eagle3DraftModel.from_pretrained(converted, config=config).eval()
+    theirs.load_verifier_weights()
+    theirs.float()
+    model, cell = make_target(), load_eagle(exported[0], 32, VOCAB)
+    assert isinstance(cell, EagleCell)
+    tokens = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
+    states = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    features = torch.cat([states[i] for i in feature_layers(8)], -1)[:, :-1]
+    drafted = theirs(features, tokens[:, 1:], torch.zeros(1, 39, dtype=torch.long), ttt_steps=3)
+    for step, (ours, others) in enumerate(zip(unrolled(cell, model, tokens, features), drafted, strict=True)):
+        assert torch.equal(ours[:, step:], others[:, : 39 - step])  # it moves the tokens, not the states
+
+
+def unrolled(cell: EagleCell, model: LlamaForCausalLM, tokens: Tensor, features: Tensor) -> Iterator[Tensor]:
+    """The best draft ids (B, T) of three steps."""
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys.append(k)
+        values.append(v)
+        return unrolled_attention(q, keys, values)
+
+    embeds, states = model.get_input_embeddings()(tokens[:, 1:]), cell.fuse(features)
+    positions = torch.arange(embeds.shape[1])[None]
+    for step in range(3):
+        states = torch.nn.functional.pad(states[:, :-1], (0, 0, 1, 0)) if step else states
+        states = cell(embeds, states, positions, attend)
+        yield cell.logits(states).argmax(-1)

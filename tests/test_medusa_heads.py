@@ -118,6 +118,11 @@ def test_a_folder_without_heads_and_choices_that_are_no_tree_are_refused(tmp_pat
     with pytest.raises(CheckpointError, match="holds no Medusa heads"):
         load_medusa(tmp_path, H, V)
     save_file(layout(), tmp_path / "medusa_lm_head.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"choices": [[0, 0]]}))
-    with pytest.raises(CheckpointError, match=r"choices .* are no tree"):
-        load_medusa(tmp_path, H, V)
+    for config, message in (
+        ({"choices": [[0, 0]]}, r"choices .* are no tree"),
+        ({"choices": 3}, r"choices .* are no tree"),
+        ({"accuracies": "high"}, r"accuracies .* are no table"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=message):
+            load_medusa(tmp_path, H, V)

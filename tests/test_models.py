@@ -1,6 +1,7 @@
 """Names to weights: the fetch leaves nothing half-made, and every failure is one clear sentence."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -257,6 +258,39 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelUnavailableError, match=r"lacks 1 of the weights .*lm_head\.weight"):
         models.load_model(tmp_path, device="cpu")
+
+
+class Trap:
+    """A pickle that would run code when it is read."""
+
+    def __reduce__(self):
+        return print, ("sprung",)
+
+
+def test_damaged_and_contradictory_checkpoints_get_a_clear_sentence(tmp_path, capsys):
+    """Guards against a page of torch's advice to switch off its own protection."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tiny_checkpoint(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    plain, whole = config.read_text(), weights.read_bytes()
+    wide = load_file(weights)
+    wide["lm_head.weight"] = wide["lm_head.weight"][:-1].clone()
+    cases = {
+        "not of one model": lambda: save_file(wide, weights, metadata={"format": "pt"}),
+        "cannot load": lambda: weights.write_bytes(whole[: len(whole) // 2]),
+        "expected int, got str": lambda: config.write_text(json.dumps(json.loads(plain) | {"hidden_size": "x"})),
+        "not run to find out": lambda: (weights.unlink(), torch.save({"a": Trap()}, tmp_path / "pytorch_model.bin")),
+    }
+    for message, damage in cases.items():
+        config.write_text(plain)
+        weights.write_bytes(whole)
+        damage()
+        with pytest.raises(ModelUnavailableError, match=message) as caught:
+            models.load_model(tmp_path, device="cpu")
+        assert "\n" not in str(caught.value)
+    assert "sprung" not in capsys.readouterr().out
 
 
 def test_local_paths_that_are_no_checkpoint_get_a_clear_sentence(tmp_path):

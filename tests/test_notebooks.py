@@ -21,7 +21,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 def run(path: Path) -> Any:
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    client = nbclient.NotebookClient(notebook, timeout=300, coalesce_streams=True, resources=where)
+    client = nbclient.NotebookClient(notebook, timeout=1200, coalesce_streams=True, resources=where)
     client.extra_arguments = ["--log-level=ERROR"]
     client.execute()
     return notebook

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -50,8 +51,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 USES = {
-    "medusa": ("--drafter", "medusa:path={}"),
-    "eagle": ("--drafter", "eagle:path={}"),
+    "medusa": ("--drafter", 'medusa:path="{}"'),
+    "eagle": ("--drafter", 'eagle:path="{}"'),
     "draft": ("--drafter", "model", "--drafter-model", "{}"),
 }
 
@@ -60,12 +61,13 @@ USES = {
 def test_from_nothing_but_a_model_to_a_drafter_that_keeps_the_text(
     specdec_command: tinychat.Command, target: str, work: Path, tmp_path: Path, kind: str
 ) -> None:
-    output = tmp_path / "drafter"
+    output = tmp_path / "a, b's drafter"
     train = ("train", kind, "--target", target, "--work", str(work), "--output", str(output), *SMALL)
     ran = specdec_command(*train)
     assert ran.status == 0, ran.err
-    use = [word.format(output) for word in USES[kind]]
-    assert ran.out == f"{output}: use it with {' '.join(use)}\n"
+    hint = ran.out.removeprefix(f"{output}: use it with ")
+    use = shlex.split(hint)
+    assert use == [word.format(output) for word in USES[kind]]
     assert re.search(r"training on \d+ tokens, 1 shards held out", ran.err)
     assert re.search(r"final: step \d+, 100 %, loss \d", ran.err)
     assert re.search(r"mean acceptance length on 4 held-out questions, greedy: [1-9]\.\d\d", ran.err)

@@ -143,6 +143,14 @@ def test_a_folder_grows_and_is_never_read_as_less(make: Any, whole: dict[int, Co
     assert again.read()[:10] == early
 
 
+@pytest.mark.parametrize("content", ["", '{"target": ', "[1, 2]"])
+def test_damaged_settings_are_named(tmp_path: Path, content: str) -> None:
+    opened(tmp_path)
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(ValueError, match=r"data\.json (cannot be read as JSON|must hold a JSON object)"):
+        opened(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"target": "other"}, {"seed": 3}, {"source": "abc"}, {"max_answer_tokens": 11}, {"answer_temperatures": (0.0,)}],
@@ -150,7 +158,7 @@ def test_a_folder_grows_and_is_never_read_as_less(make: Any, whole: dict[int, Co
 )
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     opened(tmp_path)
-    with pytest.raises(ValueError, match=rf"other settings \({next(iter(changes))}=.*name another folder"):
+    with pytest.raises(ValueError, match=rf"other settings \({next(iter(changes))} .*, not .*name another folder"):
         opened(tmp_path, replace(SETTINGS, **changes))
     opened(tmp_path)  # and was left as it is
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from trained import tiny_target
+from trained import eagle_config, random_feature_cell, tiny_target
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from zoo import FAMILIES, VOCAB
 
 import specdec
 from specdec.capture import decoder_layers
+from specdec.drafters.checkpoint_io import save_tensors
+from specdec.drafters.eagle_format import load_eagle
+from specdec.drafters.medusa_heads import load_medusa
 from specdec.drafters.training.data import Conversation
 from specdec.drafters.training.draft import DraftTraining, pruned
 from specdec.drafters.training.features import SHARD, FeatureStore
 from specdec.drafters.training.job import Job, Recipe, embedding_table
 from specdec.drafters.training.loop import TrainSettings
+from specdec.errors import CheckpointError
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]])  # longer than the windows of 8
 
@@ -148,6 +154,8 @@ def test_the_held_out_loss_falls(
     early = job(model, store, tmp_path / "early", kind, epochs=0.01, **changes).run()
     late = job(model, store, tmp_path / "late", kind, **changes).run()
     assert late["loss"] < 0.95 * early["loss"]
+    on = job(model, store, tmp_path / "on", kind, epochs=0.01, start_from=str(tmp_path / "late"), **changes).run()
+    assert on["loss"] < 1.02 * late["loss"]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -169,3 +177,64 @@ def test_only_the_draft_models_layers_learn(model: LlamaForCausalLM) -> None:
 def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe(**{"kind": "eagle", "settings": TrainSettings(), **changes})
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_a_run_keeps_its_draft_vocabulary_when_text_is_added(
+    model: LlamaForCausalLM, store: FeatureStore, tmp_path: Path, kind: str
+) -> None:
+    """Guards against trained rows of an output matrix that stand for other tokens after a resume."""
+    own = {"own_output": True, "draft_vocab": 20}
+    grown = FeatureStore(Path(shutil.copytree(store.path, tmp_path / "features")), store.layers)
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    job(model, grown, first, kind, epochs=0.1, **own).run()
+    shutil.copytree(first, second)
+    ids = range(VOCAB - 40, VOCAB)
+    other = [Conversation(i, tuple(random.Random(i).choices(ids, k=20)), 2) for i in range(3 * SHARD)]
+    assert list(grown.build(model, other))[2:]
+    job(model, grown, second, kind, epochs=0.2, **own).run()
+    job(model, grown, third, kind, epochs=0.2, **own).run()
+    drafted = [drafted_ids(folder, kind, model) for folder in (first, second, third)]
+    assert drafted[0] == drafted[1] != drafted[2]
+    with pytest.raises(ValueError, match="belongs to a run with other settings"):
+        job(model, grown, second, kind, **own | {"draft_vocab": 21}).run()
+    job(model, grown, second, kind, epochs=0.3, **own).run()
+    assert drafted_ids(second, kind, model) == drafted[0]
+
+
+def test_going_on_from_a_drafter_keeps_its_sizes_and_its_vocabulary(
+    model: LlamaForCausalLM, store: FeatureStore, tmp_path: Path
+) -> None:
+    """Other options are for new drafters: three heads stay three."""
+    job(model, store, tmp_path / "first", "medusa", epochs=0.01, heads=3, draft_vocab=30).run()
+    start = str(tmp_path / "first")
+    job(model, store, tmp_path / "second", "medusa", epochs=0.01, heads=1, draft_vocab=50, start_from=start).run()
+    assert drafted_ids(tmp_path / "second", "medusa", model) == drafted_ids(tmp_path / "first", "medusa", model)
+    assert load_medusa(tmp_path / "second", model.config.hidden_size, VOCAB).num_heads == 3
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("owns", [True, False])
+def test_a_drafter_of_another_form_is_no_start(
+    model: LlamaForCausalLM, store: FeatureStore, tmp_path: Path, kind: str, owns: bool
+) -> None:
+    job(model, store, tmp_path / "first", kind, epochs=0.01, own_output=owns).run()
+    with pytest.raises(CheckpointError, match="has its own: --own-output" if owns else "leave --own-output out"):
+        job(model, store, tmp_path / "second", kind, own_output=not owns, start_from=str(tmp_path / "first")).run()
+
+
+def test_an_older_eagle_head_and_another_vocabulary_are_no_start(
+    model: LlamaForCausalLM, store: FeatureStore, tmp_path: Path
+) -> None:
+    config = {**eagle_config(model).to_dict(), "architectures": ["LlamaForCausalLM"]}
+    save_tensors(random_feature_cell(model).state_dict(), config, tmp_path / "older")
+    with pytest.raises(CheckpointError, match="only EAGLE-3 heads are trained"):
+        job(model, store, tmp_path / "a", "eagle", start_from=str(tmp_path / "older")).run()
+    pruned(tiny_target(vocab=61, layers=3), 2).save_pretrained(tmp_path / "small")
+    with pytest.raises(CheckpointError, match="61 token ids"):
+        job(model, store, tmp_path / "b", "draft", start_from=str(tmp_path / "small")).run()
+
+
+def drafted_ids(folder: Path, kind: str, model: LlamaForCausalLM) -> list[int]:
+    load = load_medusa if kind == "medusa" else load_eagle
+    return load(folder, model.config.hidden_size, VOCAB).target_ids().tolist()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trained import tiny_target
 from transformers import LlamaForCausalLM
@@ -215,6 +216,40 @@ def test_a_folder_without_a_fingerprint_is_taken_at_its_sizes(model: LlamaForCau
     file.write_text(json.dumps(facts))
     list(store.build(model, TEXTS[: 2 * SHARD]))
     assert len(store) == 2
+
+
+DAMAGE: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "no hidden states": lambda tensors: tensors.pop("hidden"),
+    "a token less": lambda tensors: tensors.update(tokens=tensors["tokens"][1:]),
+    "a state more": lambda tensors: tensors.update(hidden=torch.cat([tensors["hidden"], tensors["hidden"][:1]])),
+}
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", *DAMAGE])
+def test_a_damaged_shard_is_named_and_made_again_once_deleted(
+    model: LlamaForCausalLM, tmp_path: Path, damage: str
+) -> None:
+    store = FeatureStore(tmp_path, LAYERS)
+    list(store.build(model, TEXTS[:SHARD]))
+    file = tmp_path / "00000.safetensors"
+    whole = file.read_bytes()
+    if damage in DAMAGE:
+        tensors = load_file(file)
+        DAMAGE[damage](tensors)
+        save_file(tensors, file)
+    else:
+        file.write_bytes(whole[: len(whole) // 2] if damage == "half" else b"")
+    with pytest.raises(ValueError, match=r"00000\.safetensors is damaged \(.*\); delete it, and it is made again"):
+        store.read(0)
+    file.unlink()
+    list(store.build(model, TEXTS[:SHARD]))
+    assert file.read_bytes() == whole
+
+
+def test_conversations_of_another_vocabulary_are_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    foreign = Conversation(7, (3, VOCAB), 1)
+    with pytest.raises(ValueError, match=rf"conversation 7 holds token ids that the model \({VOCAB}\) has not"):
+        next(FeatureStore(tmp_path, LAYERS).build(model, [*TEXTS[:SHARD], foreign]))
 
 
 # ----- batches -----

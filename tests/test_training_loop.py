@@ -187,10 +187,99 @@ def test_the_state_is_saved_as_it_goes(tmp_path: Path) -> None:
 def test_a_state_of_another_module_or_seed_is_refused_and_kept(tmp_path: Path) -> None:
     trainer(tmp_path).run()
     before = (tmp_path / STATE).read_bytes()
-    for other in (trainer(tmp_path, Toy(5)), trainer(tmp_path, nn.Sequential(Toy())), trainer(tmp_path, seed=1)):
-        with pytest.raises(ValueError, match="belongs to a run with other settings; name another folder"):
+    others = {
+        "must have shape": trainer(tmp_path, Toy(5)),
+        "lacks": trainer(tmp_path, nn.Sequential(Toy())),
+        "seed 0, not 1": trainer(tmp_path, seed=1),
+    }
+    for why, other in others.items():
+        with pytest.raises(
+            ValueError, match=rf"belongs to a run with other settings \(.*{why}.*\); name another folder"
+        ):
             other.run()
     assert (tmp_path / STATE).read_bytes() == before
+
+
+class Trap:
+    """A pickle that would run code when it is read."""
+
+    def __reduce__(self) -> Any:
+        return print, ("sprung",)
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "text", "code", "list", "no place", "more place", "other moments"])
+def test_a_damaged_state_is_refused_with_a_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    trainer(tmp_path).run()
+    file = tmp_path / STATE
+    state = torch.load(file, weights_only=True)
+    moments = state["optimizer"]["state"][0]
+    if damage in ("half", "empty", "text"):
+        whole = file.read_bytes()
+        file.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "text": b"not a state"}[damage])
+    elif damage == "code":
+        torch.save(state | {"weights": Trap()}, file)
+    elif damage == "list":
+        torch.save([1, 2], file)
+    elif damage == "no place":
+        torch.save({key: value for key, value in state.items() if key != "place"}, file)
+    elif damage == "more place":
+        torch.save(state | {"place": state["place"] | {"room": 3}}, file)
+    else:
+        moments["exp_avg"] = moments["exp_avg"][:2]
+        torch.save(state, file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"state\.pt .*; name another folder, or delete it to start anew$"):
+        trainer(tmp_path).run()
+    assert file.read_bytes() == before
+    assert "sprung" not in capsys.readouterr().out
+
+
+# ----- fp16 -----
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> list[torch.amp.GradScaler]:
+    """A loss scaler on the CPU, where accelerate makes none; those of all runs. The scale doubles at every third step."""
+    import accelerate
+
+    made: list[torch.amp.GradScaler] = []
+
+    class Scaling(accelerate.Accelerator):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+            made.append(self.scaler)
+
+        def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+            for optimizer in self._optimizers:  # as accelerate does where it scales
+                self.scaler.unscale_(optimizer.optimizer)
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Scaling)
+    return made
+
+
+def test_the_loss_scale_goes_on_where_it_stood(tmp_path: Path, scaled: list[torch.amp.GradScaler]) -> None:
+    trainer(tmp_path / "whole").run()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "stopped", Toy(act=interrupt_at(6))).run()
+    trainer(tmp_path / "stopped").run()
+    whole, stopped, resumed = (scaler.state_dict() for scaler in scaled)
+    assert (stopped["scale"], stopped["_growth_tracker"]) == (8.0 * 2, 2)  # five steps: one growth, two steps since
+    assert whole["scale"] == 8.0 * 2**NUM_BATCHES  # 21 steps
+    assert resumed == whole
+
+
+def test_a_state_without_a_loss_scale_begins_with_a_new_one(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The run before was in another precision."""
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, Toy(act=interrupt_at(3))).run()
+    assert torch.load(tmp_path / STATE, weights_only=True)["scaler"] is None
+    scalers = request.getfixturevalue("scaled")
+    assert trainer(tmp_path).run()["step"] == 3 * NUM_BATCHES
+    assert scalers[0].get_scale() > 8.0
 
 
 # ----- what is not finite -----

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from specdec.decode import Decoder
+from specdec.drafters.checkpoint_io import read_json
 from specdec.drafters.none import NoDrafter
 from specdec.files import write_json, write_text
 from specdec.interfaces import Row, Scores, Target, TargetProbs, Verifier
@@ -120,11 +121,15 @@ class DataFolder:
         facts = json.loads(json.dumps(asdict(self.settings)))
         file = self.path / _FACTS
         if file.exists():
-            known = json.loads(file.read_text("utf-8"))
-            wrong = [key for key in facts if key != "count" and known.get(key) != facts[key]]
+            known = read_json(file)
+            wrong = [
+                f"{key} {known.get(key)!r}, not {facts[key]!r}"
+                for key in facts
+                if key != "count" and known.get(key) != facts[key]
+            ]
             if wrong:
                 raise ValueError(
-                    f"{self.path} holds data made with other settings ({', '.join(f'{k}={known.get(k)!r}' for k in wrong)}); "
+                    f"{self.path} holds data made with other settings ({'; '.join(wrong)}); "
                     "name another folder, or delete this one"
                 )
         write_json(file, facts)
@@ -139,7 +144,8 @@ class DataFolder:
         for number, line in enumerate(_whole_lines(file).splitlines() if file.exists() else (), start=1):
             try:
                 item = json.loads(line)
-                found[item["index"]] = Conversation(item["index"], tuple(item["tokens"]), item["num_prompt"])
+                index, tokens = int(item["index"]), tuple(map(int, item["tokens"]))
+                found[index] = Conversation(index, tokens, int(item["num_prompt"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number} is not a conversation ({error}); delete the line") from None
         return list(found.values())

@@ -6,7 +6,6 @@ K kept tokens of each distribution.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.capture import Capture
+from specdec.drafters.checkpoint_io import read_json
 from specdec.drafters.shipped import mismatch, target_facts
 from specdec.drafters.training.data import Conversation
+from specdec.errors import CheckpointError
 from specdec.files import write_file, write_json
 
 TOP = 64
 SHARD = 64  # conversations
 _FACTS = "features.json"
+_COLUMNS = ("tokens", "hidden", "features", "top_ids", "top_logprobs")  # of a shard, beside the sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,17 @@ class FeatureStore:
         A shard of the same conversations is kept as it is, so that ``conversations`` may grow between runs.
 
         Raises:
-            ValueError: the folder was made for other layers or another model.
+            ValueError: the folder was made for other layers or another model, a shard in it is damaged, or a conversation
+                holds ids that the model has not.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._check(model)
+        num_ids = len(model.get_input_embeddings().weight)
+        for conversation in conversations:
+            if not all(0 <= token < num_ids for token in conversation.tokens):
+                raise ValueError(
+                    f"conversation {conversation.index} holds token ids that the model ({num_ids}) has not"
+                )
         for number, first in enumerate(range(0, len(conversations) - SHARD + 1, SHARD)):
             file = self._shard(number)
             part = [list(c.tokens[: self.max_length]) for c in conversations[first : first + SHARD]]
@@ -80,31 +89,33 @@ class FeatureStore:
 
     def read(self, number: int) -> list[Text]:
         """The conversations of one shard."""
-        with safe_open(self._shard(number), "pt") as file:
-            parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        sizes = parts.pop("sizes").tolist()
-        split = {key: tensor.split(sizes) for key, tensor in parts.items()}
+        sizes, *columns = self._tensors(number, ("sizes", *_COLUMNS))
+        if any(len(column) != int(sizes.sum()) for column in columns):
+            raise self._damaged(number, "its tensors are not of one length")
+        tokens, hidden, features, top_ids, top_logprobs = (torch.split(column, sizes.tolist()) for column in columns)
         return [
-            Text(
-                split["tokens"][i].long(),
-                split["hidden"][i],
-                split["features"][i],
-                split["top_ids"][i].long(),
-                split["top_logprobs"][i].float(),
-            )
+            Text(tokens[i].long(), hidden[i], features[i], top_ids[i].long(), top_logprobs[i].float())
             for i in range(len(sizes))
         ]
 
-    def _tokens(self, number: int) -> list[int]:
-        with safe_open(self._shard(number), "pt") as file:
-            tokens: list[int] = file.get_tensor("tokens").tolist()
-        return tokens
-
     def sizes(self, number: int) -> list[int]:
         """The lengths of one shard's conversations."""
-        with safe_open(self._shard(number), "pt") as file:
-            sizes: list[int] = file.get_tensor("sizes").tolist()
+        sizes: list[int] = self._tensors(number, ("sizes",))[0].tolist()
         return sizes
+
+    def _tokens(self, number: int) -> list[int]:
+        tokens: list[int] = self._tensors(number, ("tokens",))[0].tolist()
+        return tokens
+
+    def _tensors(self, number: int, names: Sequence[str]) -> list[Tensor]:
+        try:
+            with safe_open(self._shard(number), "pt") as file:
+                return [file.get_tensor(name) for name in names]
+        except SafetensorError as error:
+            raise self._damaged(number, error) from None
+
+    def _damaged(self, number: int, why: object) -> CheckpointError:
+        return CheckpointError(f"{self._shard(number)} is damaged ({why}); delete it, and it is made again")
 
     def _shard(self, number: int) -> Path:
         return self.path / f"{number:05}.safetensors"
@@ -115,7 +126,7 @@ class FeatureStore:
         if not file.exists():
             write_json(file, facts)
             return
-        known = facts | json.loads(file.read_text("utf-8"))  # older folders have no fingerprint
+        known = facts | read_json(file)  # older folders have no fingerprint
         wrong = [
             f"{key} {known[key]}, not {facts[key]}" for key in ("layers", "max_length") if known[key] != facts[key]
         ]
@@ -136,7 +147,7 @@ class FeatureStore:
         return {
             "sizes": torch.tensor([len(text) for text in texts]),
             "tokens": torch.tensor([token for text in texts for token in text], dtype=torch.int32),
-            **dict(zip(("hidden", "features", "top_ids", "top_logprobs"), columns, strict=True)),
+            **dict(zip(_COLUMNS[1:], columns, strict=True)),
         }
 
     def _forward(self, model: Any, texts: Sequence[list[int]]) -> Iterator[tuple[Tensor, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters.eagle_cell import EagleCell
+from specdec.drafters import format_drafter
+from specdec.drafters.checkpoint_io import check_vocab, read_json
+from specdec.drafters.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.eagle_config import EagleConfig
-from specdec.drafters.eagle_format import save_eagle
-from specdec.drafters.medusa_heads import MedusaHeads, save_medusa
+from specdec.drafters.eagle_engine import share_output
+from specdec.drafters.eagle_format import load_eagle, save_eagle
+from specdec.drafters.medusa_heads import MedusaHeads, load_medusa, save_medusa
 from specdec.drafters.shipped import target_facts
 from specdec.drafters.training.batches import Split, text_batches
 from specdec.drafters.training.draft import DraftTraining, pruned
@@ -22,8 +26,11 @@ from specdec.drafters.training.features import FeatureStore
 from specdec.drafters.training.loop import Trainer, TrainSettings
 from specdec.drafters.training.medusa import MedusaTraining
 from specdec.drafters.training.vocabulary import choose_vocabulary
+from specdec.errors import CheckpointError
 from specdec.files import write_json, write_text
+from specdec.models import load_model
 
+_VOCABULARY = "draft_vocab.json"
 KINDS = ("medusa", "eagle", "draft")
 Facts = dict[str, Any]
 
@@ -41,6 +48,7 @@ class Recipe:
     own_output: bool = False
     steps: int = 3
     layers: int = 8
+    start_from: str | None = None  # a finished drafter whose weights the run begins with, instead of the target's own
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -69,14 +77,48 @@ class Job:
         self.say(f"training on {facts['num_train_tokens']} tokens, {len(split.held_out)} shards held out")
         if self.recipe.kind == "draft":
             return facts | self._draft(split)
-        ids, coverage = self._vocabulary(split)
+        start = self._start()
+        ids, coverage = self._vocabulary(split, None if start is None else start.target_ids())
         self.say(f"draft vocabulary: {len(ids)} ids, which cover {100 * coverage:.1f} % of held-out choices")
         facts |= {"draft_vocab_size": len(ids), "coverage": round(coverage, 4)}
-        return facts | (self._medusa if self.recipe.kind == "medusa" else self._eagle)(split, ids)
+        if self.recipe.kind == "medusa":
+            return facts | self._medusa(split, ids, start)
+        return facts | self._eagle(split, ids, start)
 
-    def _vocabulary(self, split: Split) -> tuple[Tensor, float]:
-        size = self.model.config.get_text_config().vocab_size
-        chosen = choose_vocabulary(self.store, split.train, split.held_out, size, self.recipe.draft_vocab or size)
+    def _start(self) -> Any:
+        """The heads or the cell that ``start_from`` names; None without it.
+
+        Raises:
+            CheckpointError: it was made for another target, or is of a form that is not trained here.
+        """
+        recipe = self.recipe
+        if recipe.start_from is None:
+            return None
+        path, config = Path(recipe.start_from).expanduser(), self.model.config.get_text_config()
+        load = load_medusa if recipe.kind == "medusa" else load_eagle
+        start: Any = load(path, config.hidden_size, config.vocab_size)
+        if isinstance(start, FeatureCell):
+            raise CheckpointError(f"{path} is an EAGLE-1 or 2 head: only EAGLE-3 heads are trained here")
+        shares = start.shares_output if recipe.kind == "medusa" else start.config.shares_output
+        if shares == recipe.own_output:
+            wanted = (
+                "shares the target's output matrix: leave --own-output out" if shares else "has its own: --own-output"
+            )
+            raise CheckpointError(f"{path} {wanted}")
+        return start
+
+    def _vocabulary(self, split: Split, known: Tensor | None) -> tuple[Tensor, float]:
+        """Chosen when the run begins: the rows of output matrices stand for these ids, whatever text is added later."""
+        total = self.model.config.get_text_config().vocab_size
+        file, size = self.folder / "run" / _VOCABULARY, self.recipe.draft_vocab or total
+        if known is not None:
+            size = len(known)
+        elif file.exists():
+            known = torch.tensor(read_json(file).get("ids", []))
+            check_vocab(known, total, str(file))
+        chosen = choose_vocabulary(self.store, split.train, split.held_out, total, size, known)
+        if known is None:
+            self._save(lambda: write_ids(file, chosen.ids))
         return chosen.ids, chosen.coverage
 
     def _fit(self, module: nn.Module, split: Split) -> Facts:
@@ -89,14 +131,14 @@ class Job:
         device = self.model.device.type
         return replace(self.recipe.settings, device=device)
 
-    def _medusa(self, split: Split, ids: Tensor) -> Facts:
+    def _medusa(self, split: Split, ids: Tensor, start: MedusaHeads | None) -> Facts:
         config = self.model.config.get_text_config()
         recipe = self.recipe
         vocab = ids if len(ids) < config.vocab_size else None
         sizes = (recipe.heads, recipe.head_layers, config.hidden_size, config.vocab_size)
-        heads = MedusaHeads(*sizes, vocab, shares_output=not recipe.own_output)
+        heads = start.float() if start else MedusaHeads(*sizes, vocab, shares_output=not recipe.own_output)
         matrix = self._output_rows(ids)
-        if recipe.own_output:
+        if recipe.own_output and not start:
             with torch.no_grad():
                 for head in heads.heads:
                     head[-1].weight.copy_(matrix)  # type: ignore[index]
@@ -105,12 +147,16 @@ class Job:
         self._save(lambda: save_medusa(heads.to(torch.bfloat16), self.folder, target_facts(self.model)))
         return facts
 
-    def _eagle(self, split: Split, ids: Tensor) -> Facts:
-        cell = EagleCell(EagleConfig.for_target(self.model.config, len(ids)), ids)
-        if not warm_start(cell, self.model):
-            self.say(
-                "the target's last layer does not fit the cell: attention or its feed-forward part starts at random"
-            )
+    def _eagle(self, split: Split, ids: Tensor, start: EagleCell | None) -> Facts:
+        if start:
+            cell = start.float()
+            share_output(cell, self.model)
+        else:
+            cell = EagleCell(EagleConfig.for_target(self.model.config, len(ids)), ids)
+            if not warm_start(cell, self.model):
+                self.say(
+                    "the target's last layer does not fit the cell: attention or its feed-forward part starts at random"
+                )
         cell.lm_head.weight.requires_grad_(self.recipe.own_output)
         facts = self._fit(EagleTraining(cell, embedding_table(self.model), self.recipe.steps), split)
         # The target's own output matrix need not be stored again.
@@ -119,10 +165,17 @@ class Job:
         return facts
 
     def _draft(self, split: Split) -> Facts:
-        small = pruned(self.model, self.recipe.layers).float()
+        small = self._started_draft() if self.recipe.start_from else pruned(self.model, self.recipe.layers).float()
         facts = self._fit(DraftTraining(small), split)
         self._save(lambda: small.to(self.model.dtype).save_pretrained(self.folder))
         return facts
+
+    def _started_draft(self) -> Any:
+        small = load_model(str(self.recipe.start_from), dtype="float32", device=str(self.model.device))
+        sizes = [each.config.get_text_config().vocab_size for each in (small, self.model)]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(f"{self.recipe.start_from} has {sizes[0]} token ids and the target {sizes[1]}")
+        return small
 
     def _save(self, write: Callable[[], object]) -> None:
         from accelerate import PartialState
@@ -142,9 +195,17 @@ class Job:
         write_text(self.folder / "README.md", model_card(target, licence, self.recipe, facts))
 
 
+def write_ids(file: Path, ids: Tensor) -> None:
+    """Keep a draft vocabulary (Vd,) for the run's next start."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"ids": ids.tolist()})
+
+
 def usage(kind: str, folder: object) -> str:
-    """The options of the command line that use what was trained."""
-    return f"--drafter model --drafter-model {folder}" if kind == "draft" else f"--drafter {kind}:path={folder}"
+    """The options of the command line that use what was trained, quoted for a shell."""
+    if kind == "draft":
+        return f"--drafter model --drafter-model {shlex.quote(str(folder))}"
+    return f"--drafter {shlex.quote(format_drafter(kind, {'path': str(folder)}))}"
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The training loop: any module that returns a loss and hits, on any device through accelerate, resumable.
 
-A run writes to its folder: ``state.pt`` (weights, optimizer and place in the data, once a minute and at Ctrl-C,
-replaced atomically) and ``log.jsonl`` (one line for each report). Knows no drafter.
+A run writes to its folder: ``state.pt`` (weights, optimizer, fp16's loss scale and place in the data, once a minute and
+at Ctrl-C, replaced atomically) and ``log.jsonl`` (one line for each report). Knows no drafter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.drafters.checkpoint_io import check_tensors, read_plain
 from specdec.drafters.training.outcome import Batch, Batches, Meter, Outcome
+from specdec.errors import CheckpointError
 from specdec.files import write_file
 
 _STATE = "state.pt"
@@ -122,7 +124,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             parameters, self.settings.learning_rate, (0.9, 0.95), weight_decay=self.settings.weight_decay
         )
-        self._resume(optimizer)
+        self._resume(optimizer, accelerator.scaler)
         module, optimizer = accelerator.prepare(self.module, optimizer)
         fit = _Prepared(accelerator, module, optimizer, parameters)
         try:
@@ -231,31 +233,43 @@ class Trainer:
         state = {
             "weights": {name: p.detach().cpu() for name, p in self.module.named_parameters() if p.requires_grad},
             "optimizer": fit.optimizer.state_dict(),
+            "scaler": fit.accelerator.scaler and fit.accelerator.scaler.state_dict(),
             "place": asdict(self.place),
             "seed": self.settings.seed,
         }
         write_file(self.folder / _STATE, partial(torch.save, state))
 
-    def _resume(self, optimizer: Any) -> None:
+    def _resume(self, optimizer: Any, scaler: Any) -> None:
         file = self.folder / _STATE
         if not file.exists():
             return
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        advice = "name another folder, or delete it to start anew"
+        try:
+            state = read_plain(file)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {advice}") from None
+        try:
+            self._restore(state, optimizer, scaler)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file} belongs to a run with other settings ({error}); {advice}") from None
+        self.say(f"resuming at step {self.place.step} ({100 * min(self.progress, 1):.0f} % done)")
+
+    def _restore(self, state: dict[str, Any], optimizer: Any, scaler: Any) -> None:
+        """Take over ``state``, as ``_save`` writes it; whatever is wrong with it is an error."""
+        if state["seed"] != self.settings.seed:
+            raise ValueError(f"seed {state['seed']}, not {self.settings.seed}")
         own = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        shapes = {name: tuple(p.shape) for name, p in own.items()}
-        if (
-            shapes != {name: tuple(p.shape) for name, p in state["weights"].items()}
-            or state["seed"] != self.settings.seed
-        ):
-            raise ValueError(
-                f"{file} belongs to a run with other settings; name another folder, or delete it to start anew"
-            )
+        check_tensors(state["weights"], {name: tuple(p.shape) for name, p in own.items()}, "the state")
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(state["weights"][name])
         optimizer.load_state_dict(state["optimizer"])
+        for p, moments in optimizer.state.items():
+            if any(moment.dim() and moment.shape != p.shape for moment in moments.values()):
+                raise ValueError("its optimizer is of other weights")
+        if scaler is not None and state.get("scaler"):  # a run in another precision has none
+            scaler.load_state_dict(state["scaler"])
         self.place = Place(**state["place"])
-        self.say(f"resuming at step {self.place.step} ({100 * min(self.progress, 1):.0f} % done)")
 
 
 def _share(batch: Batch, num_processes: int, index: int) -> Batch:
