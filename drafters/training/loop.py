@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -127,6 +128,12 @@ class Trainer:
         self._resume(optimizer, accelerator.scaler)
         module, optimizer = accelerator.prepare(self.module, optimizer)
         fit = _Prepared(accelerator, module, optimizer, parameters)
+        with warnings.catch_warnings():
+            # Norms keep their float32 weights where the rest runs in 16 bits, on purpose.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            return self._fit(fit)
+
+    def _fit(self, fit: _Prepared) -> dict[str, Any]:
         try:
             self._loop(fit)
         except FloatingPointError:
