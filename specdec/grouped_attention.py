@@ -66,14 +66,16 @@ def attention_forward(
 
 
 def _repeated(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, groups T, W) additive; kept with ``mask``, which all layers of a pass share."""
-    known: Tensor | None = getattr(mask, "specdec_repeated", None)
-    if known is None or known.shape[2] != groups * mask.shape[2] or known.dtype != dtype:
+    """(B, 1, groups T, W) additive; kept with ``mask``, which all layers of a pass share, until it is written to."""
+    known: Tensor | None
+    version = None if mask.is_inference() else mask._version
+    known, seen = getattr(mask, "specdec_repeated", (None, None))
+    if known is None or seen != version or known.shape[2] != groups * mask.shape[2] or known.dtype != dtype:
         if mask.dtype == torch.bool:
             known = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf).repeat(1, 1, groups, 1)
         else:
             known = mask.to(dtype).repeat(1, 1, groups, 1)
-        mask.specdec_repeated = known  # type: ignore[attr-defined]
+        mask.specdec_repeated = known, version  # type: ignore[attr-defined]
     return known
 
 

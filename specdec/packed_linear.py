@@ -8,6 +8,7 @@ emits them), so they are tried before use (:func:`packing_fault`).
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,17 @@ class PackedLinear(nn.Module):
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """``forward(x) + other``; in 16 bits rounded twice, as two separate operators round."""
         if not self._fuses_sums:
-            return self.forward(x).add_(other)
+            return self.forward(x) + other
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
         return y
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "packed layers can be neither copied nor saved; copy or save the model before it is accelerated"
+        )
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        self.__getstate__()  # a file without these weights would look like a whole one
 
 
 class PackedSlice(nn.Module):
@@ -99,24 +108,28 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def pack(module: nn.Module) -> None:
-    """Replace the linear layers below ``module``, whose weights must be of a type that can be packed."""
+    """Replace the linear layers below ``module`` that can be packed."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            packed = _packed(child)
-            if packed is not None:
-                setattr(parent, name, packed)
+            weight = plain_weight(child)
+            if weight is not None:
+                bias: Any = child.bias
+                setattr(parent, name, PackedLinear(weight, bias))
 
 
-@torch.no_grad()
-def _packed(layer: nn.Module) -> PackedLinear | None:
-    """The packed form of a plain linear layer (or GPT-2's transposed one); None for anything else."""
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if type(layer) is nn.Linear:
-        plain = weight
-    elif type(layer).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        plain = weight.t().contiguous()
-    else:
+def plain_weight(layer: nn.Module) -> Tensor | None:
+    """(out, in) of a linear layer (or GPT-2's transposed one) that can be packed; None for anything else."""
+    is_linear = type(layer) is nn.Linear
+    if (not is_linear and type(layer).__name__ != "Conv1D") or is_changed(layer):
         return None
-    if plain is None or min(plain.shape) < MIN_SIZE or plain.dtype not in (torch.float32, torch.bfloat16):
+    weight = layer.weight
+    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu":  # quantised ones have their own class
         return None
-    return PackedLinear(plain, bias)
+    if min(weight.shape) < MIN_SIZE or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return weight if is_linear else weight.t()
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is more than the forward of its class: hooks, or a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +79,89 @@ def test_generation_with_packed_layers_gives_the_same_tokens() -> None:
     ids = torch.tensor([[5, 9, 12, 5, 9, 12, 5]])
     expected = model.generate(ids, max_new_tokens=24, do_sample=False)
     assert torch.equal(specdec.generate(model, ids, max_new_tokens=24, do_sample=False, accelerate=True), expected)
+
+
+def triple(layer: Any) -> None:
+    layer.register_forward_hook(lambda _, __, output: output * 3)
+
+
+def triple_input(layer: Any) -> None:
+    layer.register_forward_pre_hook(lambda _, args: (args[0] * 3,))
+
+
+def replace_forward(layer: Any) -> None:
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) * 3
+
+
+def quantise(layer: Any) -> None:
+    """A weight of a class of its own, which says float32 and holds something else."""
+
+    class Quantised(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.nn.functional.linear:
+                return function(args[0], args[1].as_subclass(torch.Tensor) * 3)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
+
+
+@needs_packing
+@pytest.mark.parametrize("change", [triple, triple_input, replace_forward, quantise])
+def test_a_linear_layer_that_does_more_than_its_class_stays_as_it_is(change: Any) -> None:
+    model, ids = llama(), torch.arange(6)[None]
+    for layer in (model.model.layers[1].self_attn.o_proj, model.lm_head):
+        change(layer)
+    expected = model(ids).logits
+    assert not torch.allclose(expected, llama()(ids).logits, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(accelerated(model, in_place=True)(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_packing
+def test_what_is_accelerated_stays_as_it_is_and_can_be_neither_copied_nor_saved(tmp_path: Path) -> None:
+    """A file or a copy without the packed weights would look like a whole one."""
+    model = accelerated(llama(), in_place=True)
+    assert accelerated(model) is model
+    for use in (model.state_dict, lambda: model.save_pretrained(tmp_path), lambda: copy.deepcopy(model)):
+        with pytest.raises(TypeError, match="before it is accelerated"):
+            use()
+
+
+@needs_packing
+def test_hooks_and_the_mode_of_a_model_reach_its_copy() -> None:
+    model, ids = llama(), torch.arange(6)[None]
+    first = accelerated_copy(model)
+    handle = model.model.layers[1].register_forward_hook(lambda _, __, output: output * 3)
+    torch.testing.assert_close(accelerated_copy(model)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    handle.remove()
+    torch.testing.assert_close(accelerated_copy(model)(ids).logits, first(ids).logits)
+    model.train()
+    assert accelerated_copy(model).training
+    model.eval()
+    assert not accelerated_copy(model).training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_is_let_go_whether_it_was_packed_or_not(dtype: torch.dtype) -> None:
+    model = llama().to(dtype)
+    accelerated_copy(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@needs_packing
+def test_a_mask_may_be_written_to_between_passes() -> None:
+    """What attention keeps with a mask must not outlive what the mask said."""
+    plain, ids = llama(), torch.arange(6)[None]
+    ours, mask = accelerated(plain), torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    first = ours(ids, attention_mask=mask).logits
+    mask[..., 5, :4] = False
+    second = ours(ids, attention_mask=mask).logits
+    assert not torch.allclose(second, first, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second, plain(ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-4)
 
 
 @needs_packing

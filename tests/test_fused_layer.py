@@ -94,14 +94,61 @@ def test_windows_reach_the_fused_layers() -> None:
         assert not torch.allclose(expected, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_that_gives_other_numbers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trial pass must see a rotation the wrong way round, and put the plain layers back."""
-    plain, broken = build("llama"), build("llama")
+def massive(model: Any) -> Any:
+    """A thousand times as large in one channel as in all others, as many trained models are."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[0].mul_(3000)
+    return model
+
+
+def quiet(model: Any) -> Any:
+    """Layers that add little to what passes through them, as deep ones do."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.05)
+            layer.self_attn.o_proj.weight.mul_(0.05)
+    return model
+
+
+@pytest.mark.parametrize("change", [lambda model: model, massive, quiet])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_gives_other_numbers_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, change: Callable[[Any], Any]
+) -> None:
+    """The trial pass must see a missing half of the rotation, and put the plain layers back."""
+    plain, broken, right = (change(build("llama", dtype)) for _ in range(3))
+    assert fuse(right) == LAYERS
     monkeypatch.setattr(Rotation, "__call__", lambda _, x, cos, sin: x * cos.unsqueeze(1))
     assert fuse(broken) == 0
     assert not any(isinstance(module, PackedLinear | PackedSlice) for module in broken.modules())
     ids = torch.arange(6)[None]
     assert torch.equal(broken(ids).logits, plain(ids).logits)
+
+
+def test_a_layer_of_other_shapes_below_the_known_names_stays_as_it_is() -> None:
+    """Norms over all heads at once, say: our code may even fail on such a layer."""
+    model = build("qwen3")
+    for layer in model.model.layers[1:]:
+        layer.self_attn.q_norm, layer.self_attn.k_norm = torch.nn.LayerNorm((4, 32)), torch.nn.LayerNorm((2, 32))
+    ids = torch.arange(6)[None]
+    expected = model(ids).logits
+    assert fuse(model) == 1
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_may_share_rotations() -> None:
+    """Another thread's pass, with other positions, comes between the two products of a rotation."""
+    rotation, x = Rotation(), torch.randn(1, 2, 3, 8)
+    cos, sin, other_cos, other_sin = torch.randn(4, 1, 3, 8)
+
+    class Interrupted(torch.Tensor):
+        def __mul__(self, other: Any) -> Any:
+            rotation(x, other_cos, other_sin)
+            return self.as_subclass(torch.Tensor) * other
+
+    expected = Rotation()(x, cos, sin)
+    assert torch.equal(rotation(x.as_subclass(Interrupted), cos, sin), expected)
 
 
 def become_foreign(layer: Any) -> None:
@@ -136,9 +183,11 @@ def test_names_keywords_and_strings_of_a_forward_are_seen() -> None:
     class Layer(torch.nn.Module):
         def forward(self, x: Any) -> Any:
             """What it says here does not matter."""
-            return self.attend(x, softcap=getattr(self.config, "cap"))  # noqa: B009
+            later = lambda y: y.scaled  # noqa: E731
+            return later(self.attend(x, softcap=getattr(self.config, "cap")))  # noqa: B009
 
-    assert fused_layer._names(Layer()) == {"attend", "softcap", "getattr", "config", "cap"}
+    assert {"attend", "softcap", "getattr", "config", "cap", "scaled"} <= fused_layer._names(Layer())
+    assert not any("What it says" in name for name in fused_layer._names(Layer()))
 
 
 def test_in_place_each_weight_is_held_once() -> None:
@@ -162,7 +211,20 @@ def test_a_norm_is_replaced_only_by_its_equal() -> None:
     assert torch.equal(norm_of(llama)(x), llama(x))
 
 
-def test_a_model_that_cannot_be_tried_is_only_packed() -> None:
+@pytest.mark.parametrize("error", [ValueError, AttributeError, StopIteration])
+def test_a_model_that_cannot_be_tried_is_only_packed(error: type[Exception]) -> None:
     model = build("llama")
-    model.forward = lambda **_: (_ for _ in ()).throw(ValueError("needs more"))
+
+    def forward(**_: Any) -> Any:
+        raise error("needs more")
+
+    model.forward = forward
     assert fuse(model) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_model_runs_where_gradients_are_on(dtype: torch.dtype) -> None:
+    model, ids = accelerated(build("llama", dtype)), torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert torch.equal(model(ids).logits, expected)
