@@ -22,7 +22,7 @@ def accelerated_copy(model: Any) -> Any:
     It is made anew when weights, hooks or the mode (training or not) have changed. What is written through a weight's
     ``.data`` is not seen.
     """
-    state = _state(model)
+    state = state_of(model)
     known, ours = _COPIES.get(model, (None, None))
     if known != state:
         ours = accelerated(model)
@@ -32,7 +32,8 @@ def accelerated_copy(model: Any) -> Any:
     return ours
 
 
-def _state(model: Any) -> tuple[Any, ...]:
+def state_of(model: Any) -> tuple[Any, ...]:
+    """What a copy that shares weights with ``model`` was made of: it differs once weights, hooks or the mode change."""
     weights = ((id(p), None if p.is_inference() else p._version, p.dtype, p.device) for p in model.parameters())
     modules = (
         (id(m), m.training, *m._forward_hooks, None, *m._forward_pre_hooks, id(vars(m).get("forward")))

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from specdec.accelerate import state_of
 from specdec.attention import MaskStyle
 from specdec.cache import RaggedCache
 from specdec.capture import Capture
@@ -201,12 +202,12 @@ def kernel_copy(model: Any) -> Any:
     """
     if model.config.get_text_config()._attn_implementation == NAME:
         return model
-    weights = tuple(id(parameter) for parameter in model.parameters())
-    if _COPIES.get(model, (None, None))[0] != weights:
+    state = state_of(model)
+    if _COPIES.get(model, (None, None))[0] != state:
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         ours = copy.deepcopy(model, shared)
         use_kernels(ours)
-        _COPIES[model] = (weights, ours)
+        _COPIES[model] = (state, ours)
     return _COPIES[model][1]
 
 
