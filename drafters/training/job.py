@@ -227,6 +227,7 @@ def model_card(target: str, licence: str, recipe: Recipe, facts: Mapping[str, An
         if "coverage" in facts
         else ""
     )
+    start = f"- Began as {Path(recipe.start_from).name}, trained before.\n" if recipe.start_from else ""
     return f"""---
 license: {licence}
 base_model: {target}
@@ -241,7 +242,7 @@ stays exactly the target's: a drafter only changes how fast it comes.
   target itself. No data set was used.
 - Training: {facts["step"]} steps of {recipe.batch_tokens} tokens, {facts["elapsed_s"] / 60:.0f} minutes
   ({facts["epoch"] + 1} passes over the data).
-{vocabulary}- Mean acceptance length on held-out questions, greedy: {facts["mean_acceptance_length"]:.2f}.
+{start}{vocabulary}- Mean acceptance length on held-out questions, greedy: {facts["mean_acceptance_length"]:.2f}.
 - Licence: {licence}, the target's.
 
 How often the target's choice is the draft's best, or among its best 4 or 8, on held-out text:
