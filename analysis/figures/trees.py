@@ -129,7 +129,7 @@ def specinfer_vs_medusa(trace: Trace, ax: Axes | None = None) -> Axes:
     ax.text(0, -0.75, "tokens a pass", weight="bold", va="center")
     ax.text(0, 2.25, "speed, generate() = 1", weight="bold", va="center")
     ax.set_ylim(4.7, -1.2)
-    ax.set_title("A draft model's trees and Medusa's heads on the same prompts")
+    ax.set_title("SpecInfer's trees and Medusa's")
     caption(ax, "bars: 95 % intervals over prompts", conditions(trace.runs[0].provenance))
     return ax
 
