@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -86,8 +85,9 @@ def train(
     options.set_threads(threads)
     rate = (3e-4 if kind is Kind.DRAFT else 1e-3) if learning_rate is None else learning_rate
     settings = TrainSettings(epochs, minutes, rate, precision=precision, seed=seed)
-    recipe = Recipe(kind.value, settings, batch_tokens, draft_vocab, heads, head_layers, own_output, steps, layers)
-    recipe = replace(recipe, start_from=None if start_from is None else str(start_from))
+    start = None if start_from is None else str(start_from)
+    sizes = (batch_tokens, draft_vocab, heads, head_layers)
+    recipe = Recipe(kind.value, settings, *sizes, own_output, steps, layers, start)
     source = Source(target, data, conversations, max_answer_tokens, batch_size, seed, work)
     folder = output.expanduser()
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tinychat import VOCAB, Command, make_tokenizer, save
-from torch import Tensor
 from trained import random_eagle, tiny_target
 from transformers import LlamaForCausalLM
 
@@ -26,7 +24,7 @@ from specdec.drafters.eagle_cell import EagleCell
 from specdec.drafters.eagle_engine import feature_layers
 from specdec.drafters.eagle_format import load_eagle, save_eagle
 from specdec.drafters.shipped import target_facts
-from specdec.drafters.training.eagle import unrolled_attention
+from specdec.drafters.training.eagle import unrolled
 
 IDS = sorted({*range(0, VOCAB, 3), 258})
 ROPE = {
@@ -192,23 +190,8 @@ def test_speculators_reads_the_folder_and_drafts_the_same_tokens(
     states = model(input_ids=tokens, output_hidden_states=True).hidden_states
     features = torch.cat([states[i] for i in feature_layers(8)], -1)[:, :-1]
     drafted = theirs(features, tokens[:, 1:], torch.zeros(1, 39, dtype=torch.long), ttt_steps=3)
-    for step, (ours, others) in enumerate(zip(unrolled(cell, model, tokens, features), drafted, strict=True)):
+    embeds, positions = model.get_input_embeddings()(tokens[:, 1:]), torch.arange(39)[None]
+    steps = unrolled(cell, embeds, features, positions, 3)
+    for step, (states, others) in enumerate(zip(steps, drafted, strict=True)):
+        ours = cell.logits(states).argmax(-1)
         assert torch.equal(ours[:, step:], others[:, : 39 - step])  # it moves the tokens, not the states
-
-
-def unrolled(cell: EagleCell, model: LlamaForCausalLM, tokens: Tensor, features: Tensor) -> Iterator[Tensor]:
-    """The best draft ids (B, T) of three steps."""
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-
-    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys.append(k)
-        values.append(v)
-        return unrolled_attention(q, keys, values)
-
-    embeds, states = model.get_input_embeddings()(tokens[:, 1:]), cell.fuse(features)
-    positions = torch.arange(embeds.shape[1])[None]
-    for step in range(3):
-        states = torch.nn.functional.pad(states[:, :-1], (0, 0, 1, 0)) if step else states
-        states = cell(embeds, states, positions, attend)
-        yield cell.logits(states).argmax(-1)

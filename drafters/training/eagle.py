@@ -8,7 +8,7 @@ earlier: the slot then attends to true slots up to t - k, and to its own k lates
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,21 +50,10 @@ class EagleTraining(nn.Module):
         positions = slots.expand(len(tokens), -1)
         dtype = self.cell.fc.weight.dtype
         embeds = self.embedding[tokens[:, 1:]].to(dtype)
-        states = self.cell.fuse(batch["features"][:, :-1].to(dtype))
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k)
-            values.append(v)
-            return unrolled_attention(q, keys, values)
-
+        features = batch["features"][:, :-1].to(dtype)
         loss = embeds.new_zeros(())
         ranks: list[Tensor] = []
-        for step in range(self.num_steps):
-            if step:
-                states = nn.functional.pad(states[:, :-1], (0, 0, 1, 0))
-            states = self.cell(embeds, states, positions, attend)
+        for step, states in enumerate(unrolled(self.cell, embeds, features, positions, self.num_steps)):
             valid = (slots + 1 < lengths[:, None]) & (slots >= step)
             top_ids, top_logprobs = (batch[key][:, 1:][valid] for key in ("top_ids", "top_logprobs"))
             step_loss, rank = self.targets(
@@ -73,6 +62,27 @@ class EagleTraining(nn.Module):
             loss = loss + DECAY**step * step_loss
             ranks.append(rank)
         return Outcome(loss, tuple(ranks))
+
+
+def unrolled(cell: EagleCell, embeds: Tensor, features: Tensor, positions: Tensor, num_steps: int) -> Iterator[Tensor]:
+    """The states (B, T, H) of each step on ``embeds`` (B, T, H), ``features`` (B, T, F) and ``positions`` (B, T).
+
+    Step k reads at slot t what step k - 1 put out at slot t - 1.
+    """
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys.append(k)
+        values.append(v)
+        return unrolled_attention(q, keys, values)
+
+    states = cell.fuse(features)
+    for step in range(num_steps):
+        if step:
+            states = nn.functional.pad(states[:, :-1], (0, 0, 1, 0))
+        states = cell(embeds, states, positions, attend)
+        yield states
 
 
 def unrolled_attention(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
