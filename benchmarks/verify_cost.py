@@ -11,7 +11,6 @@ would, for one shape at a time).
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 
 from specdec.accelerate import accelerated
 from specdec.cli.loading import model_facts
+from specdec.copies import sharing_copy
 from specdec.files import write_json
 from specdec.interfaces import Row
 from specdec.models import DEFAULT_MODEL, load_model
@@ -41,8 +41,7 @@ def binary_tree(root: int, size: int) -> TokenTree:
 
 def compiled(model: Any) -> Any:
     """A copy of ``model``, sharing its weights, whose decoder torch.compile runs; it compiles at the first passes."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    ours = copy.deepcopy(model, shared)
+    ours = sharing_copy(model)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # the alternative is to run plain layers in silence
     decoder = ours.get_decoder()
     decoder.forward = torch.compile(decoder.forward, dynamic=True)

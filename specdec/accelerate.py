@@ -5,41 +5,20 @@ Everything falls back to the plain layers where a part does not fit.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from specdec.copies import Copies, kept_copy, sharing_copy
 from specdec.fused_layer import fuse
 from specdec.grouped_attention import NAME as GROUPED
 from specdec.packed_linear import is_packed, pack, packing_fault
 
-_COPIES: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+_COPIES: Copies = WeakKeyDictionary()
 
 
 def accelerated_copy(model: Any) -> Any:
-    """``accelerated(model)``, kept for as long as ``model`` lives.
-
-    It is made anew when weights, hooks or the mode (training or not) have changed. What is written through a weight's
-    ``.data`` is not seen.
-    """
-    state = state_of(model)
-    known, ours = _COPIES.get(model, (None, None))
-    if known != state:
-        ours = accelerated(model)
-        if ours is model:  # an entry that held its own key would never go
-            return model
-        _COPIES[model] = (state, ours)
-    return ours
-
-
-def state_of(model: Any) -> tuple[Any, ...]:
-    """What a copy that shares weights with ``model`` was made of: it differs once weights, hooks or the mode change."""
-    weights = ((id(p), None if p.is_inference() else p._version, p.dtype, p.device) for p in model.parameters())
-    modules = (
-        (id(m), m.training, *m._forward_hooks, None, *m._forward_pre_hooks, id(vars(m).get("forward")))
-        for m in model.modules()
-    )
-    return (*weights, *modules)
+    """``accelerated(model)``, kept for as long as ``model`` lives and made anew when it has changed (``kept_copy``)."""
+    return kept_copy(_COPIES, model, accelerated)
 
 
 def accelerated(model: Any, in_place: bool = False) -> Any:
@@ -55,8 +34,7 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
     if model.device.type != "cpu" or packing_fault(model.dtype) or is_packed(model):
         return model
     if not in_place:
-        shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        model = copy.deepcopy(model, shared)
+        model = sharing_copy(model)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED)
         fuse(model)

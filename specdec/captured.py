@@ -7,7 +7,6 @@ bucket. Replays and ordinary passes share one cache and may follow each other in
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from specdec.accelerate import state_of
 from specdec.attention import MaskStyle
 from specdec.cache import RaggedCache
 from specdec.capture import Capture
+from specdec.copies import Copies, kept_copy, sharing_copy
 from specdec.errors import UnsupportedOptionError
 from specdec.grouped_attention import NAME, use_kernels
 from specdec.interfaces import Scores
@@ -191,24 +190,24 @@ def graph_recorders(model: Any) -> GraphRecorders:
     return GraphRecorders(device)
 
 
-_COPIES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_COPIES: Copies = WeakKeyDictionary()
 
 
 def kernel_copy(model: Any) -> Any:
-    """``model`` on our attention: a copy that shares all weights, kept for as long as ``model`` lives.
+    """``model`` on our attention: a copy that shares all weights, kept as by ``kept_copy``.
 
     Raises:
         UnsupportedModelError: the model keeps another attention.
     """
+    return kept_copy(_COPIES, model, _on_kernels)
+
+
+def _on_kernels(model: Any) -> Any:
     if model.config.get_text_config()._attn_implementation == NAME:
         return model
-    state = state_of(model)
-    if _COPIES.get(model, (None, None))[0] != state:
-        shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        ours = copy.deepcopy(model, shared)
-        use_kernels(ours)
-        _COPIES[model] = (state, ours)
-    return _COPIES[model][1]
+    ours = sharing_copy(model)
+    use_kernels(ours)
+    return ours
 
 
 def _at_least(sizes: Sequence[int], wanted: int) -> int | None:

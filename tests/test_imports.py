@@ -27,7 +27,7 @@ CORE = (
 ).split()
 MODEL = (
     "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
-    "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.accelerate "
+    "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.copies specdec.accelerate "
     "specdec.grouped_attention specdec.packed_linear specdec.fused_layer"
 ).split()
 RULES: list[tuple[str, list[str]]] = [
