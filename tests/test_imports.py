@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,56 @@ def test_generate_is_the_function_also_after_its_module_was_imported() -> None:
     """A submodule of the same name as a lazy attribute would replace it."""
     code = "import specdec.wrapper, specdec; assert callable(specdec.generate) and callable(specdec.custom_generate)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# What an opt-in test or section of the GPU script uses if someone installed it, and skips without.
+OPT_IN = {"speculators", "flashinfer"}
+MODULE_OF = {"cupy-cuda13x": "cupy", "cupy-cuda12x": "cupy", "pytest-timeout": "pytest_timeout"}
+
+
+def third_party(path: Path) -> set[str]:
+    """Top-level names of what a file imports that is neither Python's own nor lies beside it or in the root."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    homes = (
+        path.parent,
+        *(parent for parent in path.parents if parent.is_relative_to(ROOT)),
+        ROOT / "tests",
+        ROOT / "benchmarks",
+    )
+    ours = {
+        name
+        for name in names
+        for home in homes
+        if (home / f"{name}.py").exists() or (home / name / "__init__.py").exists()
+    }
+    return names - set(sys.stdlib_module_names) - ours
+
+
+def test_whatever_is_imported_is_declared_and_what_make_installs_is_pinned() -> None:
+    """A package that only its author's machine has would stop every other one at the first test."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = {
+        text: re.split(r"[<>=!~ \[]", text)[0]
+        for group in (project["dependencies"], *extras.values())
+        for text in group
+    }
+    declared = {MODULE_OF.get(name, name.replace("-", "_")) for name in names.values()}
+    found = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for folder in (*FOLDERS, "tests", "benchmarks", "notebooks")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in third_party(path)
+    }
+    assert len(found) > 100, "the search itself must see the imports"
+    undeclared = {(path, name) for path, name in found if name not in declared | OPT_IN}
+    assert not undeclared, f"not in pyproject.toml: {sorted(undeclared)}"
+
+    pinned = {re.split("==", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    installed = [names[text] for text in (*project["dependencies"], *extras["dev"])]
+    assert not [name for name in installed if name.lower() not in pinned]
