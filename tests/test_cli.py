@@ -217,7 +217,7 @@ def test_doctor_tells_what_is_here_and_what_is_not(specdec_command, monkeypatch,
     ran = specdec_command("doctor")
     assert ran.status == 0
     for line in (
-        f"torch: {torch.__version__}",
+        f"torch: {torch.__version__.split('+')[0]}",  # the list of packages may leave out which build it is
         "smollm2-135m (the default): not fetched; specdec models fetch smollm2-135m",
         "g++: not found",
         "ngram: built in",
