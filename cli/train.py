@@ -1,4 +1,4 @@
-"""``specdec train``: Medusa heads, an EAGLE-3 cell or a small draft model for any target, from nothing but the target."""
+"""``specdec train``: heads, a cell, a small draft model or a table of successors for any target, from nothing but it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ class Kind(StrEnum):
     MEDUSA = "medusa"
     EAGLE = "eagle"
     DRAFT = "draft"
+    RECYCLING = "recycling"
 
 
 def train(
-    kind: Annotated[Kind, typer.Argument(help="medusa: heads; eagle: an EAGLE-3 cell; draft: a small causal LM.")],
+    kind: Annotated[
+        Kind,
+        typer.Argument(help="medusa: heads; eagle: an EAGLE-3 cell; draft: a small causal LM; recycling: a table."),
+    ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The finished drafter, and the state of the run.")],
     target: options.Target = DEFAULT_MODEL,
     data: Annotated[
@@ -57,6 +61,7 @@ def train(
     ] = False,
     steps: Annotated[int, typer.Option(metavar="N", help="eagle: steps of the training-time test.")] = 3,
     layers: Annotated[int, typer.Option(metavar="N", help="draft: decoder layers to keep.")] = 8,
+    contexts: Annotated[int, typer.Option(metavar="N", help="recycling: the most frequent ones are kept.")] = 250_000,
     start_from: Annotated[
         Path | None,
         typer.Option(
@@ -87,7 +92,7 @@ def train(
     settings = TrainSettings(epochs, minutes, rate, precision=precision, seed=seed)
     start = None if start_from is None else str(start_from)
     sizes = (batch_tokens, draft_vocab, heads, head_layers)
-    recipe = Recipe(kind.value, settings, *sizes, own_output, steps, layers, start)
+    recipe = Recipe(kind.value, settings, *sizes, own_output, steps, layers, contexts, start)
     source = Source(target, data, conversations, max_answer_tokens, batch_size, seed, work)
     folder = output.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +126,10 @@ def acceptance(kind: Kind, folder: Path, model: Any, questions: list[list[int]])
     from specdec.drafters import format_drafter
 
     drafts = (load_model(str(folder), dtype="auto", device=str(model.device)),) if kind is Kind.DRAFT else ()
-    spec = "model:shape=best-first" if kind is Kind.DRAFT else format_drafter(kind, {"path": str(folder)})
+    if kind is Kind.DRAFT:
+        spec = "model:shape=best-first"
+    else:
+        spec = format_drafter(kind, {"start" if kind is Kind.RECYCLING else "path": str(folder)})
     stats = measure_acceptance(model, spec, questions, _JUDGED_NODES, drafts, _JUDGED_TOGETHER)
     return stats.mean_acceptance_length
 

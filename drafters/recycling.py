@@ -25,132 +25,75 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specdec.drafters.checkpoint_io import CONFIG, read_json
+from specdec.drafters.shipped import SHIPPED, kept, mismatch, target_facts, version
+from specdec.drafters.successors import (
+    BOUNDS,
+    NUM_CLASSES,
+    TEXT_RATES,
+    TYPICAL,
+    Context,
+    Found,
+    StartTable,
+    SuccessorTable,
+    keys_of,
+)
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.noise import Noise
 from specdec.sampling import SamplingParams
+from specdec.target import CausalLM
 from specdec.tree import TokenTree
 
-Context = tuple[int, ...]  # the newest token last; -1 where the text has not begun
+_FORMAT = 2  # raise it when the layout of a file, the classes or the hash changes
+_SHIPPED = "smollm2-135m-recycling"
 
-_FORMAT = 2  # raise it when the file's layout, the classes or the hash changes
-_MULTIPLIER = 0x9E3779B97F4A7C15
-_MASK = 2**64 - 1
-
-# Classes of successors: by the target's probability at the time, or by rank where only the text is known.
-_BOUNDS = np.array([0.98, 0.9, 0.7, 0.5, 0.3, 0.15, 0.07, 0.03], np.float32)  # between the classes 0 to 8
-_TYPICAL = (0.99, 0.94, 0.8, 0.6, 0.4, 0.22, 0.1, 0.05, 0.01)
-_TEXT_RATES = (0.5, 0.22, 0.1)  # of the latest follower, of the one before, of those before that
-_FIRST_TEXT = len(_TYPICAL)
-_NUM_CLASSES = _FIRST_TEXT + len(_TEXT_RATES)
-
-
-@dataclass(slots=True)
-class SuccessorTable:
-    """The latest successors of contexts of 1 to ``max_order`` tokens, in memory that never grows.
-
-    A context is known by a 64-bit hash and has one slot among those of its length, which it takes from whatever stood
-    there: old contexts fade out. A collision of hashes would cost acceptance, never exactness.
-    """
-
-    max_order: int
-    num_successors: int
-    capacity: int  # contexts of each length
-    keys: NDArray[np.uint64] = field(init=False)  # (max_order, capacity)  0: empty
-    successors: NDArray[np.int32] = field(init=False)  # (max_order, capacity, k)  best first, -1: none
-    classes: NDArray[np.uint8] = field(init=False)  # (max_order, capacity, k)
-
-    def __post_init__(self) -> None:
-        self.keys = np.zeros((self.max_order, self.capacity), np.uint64)
-        self.successors = np.full((self.max_order, self.capacity, self.num_successors), -1, np.int32)
-        self.classes = np.zeros((self.max_order, self.capacity, self.num_successors), np.uint8)
-
-    def lookup(self, context: Context) -> tuple[int, list[int], list[int]]:
-        """Of the longest known part of ``context``: how long it is (0: none), its successors and their classes."""
-        found: tuple[int, int] | None = None
-        key = 0
-        for order, token in enumerate(reversed(context), 1):
-            key = (key ^ (token + 1)) * _MULTIPLIER & _MASK
-            slot = (key >> 32) * self.capacity >> 32
-            if self.keys[order - 1, slot] == key:
-                found = order, slot
-        if found is None:
-            return 0, [], []
-        order, slot = found
-        tokens = [token for token in self.successors[order - 1, slot].tolist() if token >= 0]
-        return order, tokens, self.classes[order - 1, slot, : len(tokens)].tolist()
-
-    def write(self, contexts: NDArray[np.int64], successors: NDArray[np.int32], classes: NDArray[np.uint8]) -> None:
-        """Remember ``successors`` and their ``classes`` (c, k) of ``contexts`` (c, o); of equal ones the last counts."""
-        keys = np.zeros(len(contexts), np.uint64)
-        for column in range(contexts.shape[1] - 1, -1, -1):
-            keys = (keys ^ (contexts[:, column] + 1).astype(np.uint64)) * np.uint64(_MULTIPLIER)
-        slots = (keys >> np.uint64(32)) * np.uint64(self.capacity) >> np.uint64(32)
-        order = contexts.shape[1]
-        self.keys[order - 1, slots] = keys
-        self.successors[order - 1, slots] = successors
-        self.classes[order - 1, slots] = classes
-
-    def read_text(self, tokens: Sequence[int]) -> None:
-        """Remember what followed what in ``tokens``, the latest first, before what was known."""
-        for order in range(1, self.max_order + 1):
-            after: dict[Context, dict[int, None]] = {}
-            for i in range(order, len(tokens)):
-                known = after.setdefault(tuple(tokens[i - order : i]), {})
-                known.pop(tokens[i], None)
-                known[tokens[i]] = None  # a dictionary keeps its order: the latest is last
-            if after:
-                rows = [self._joined(context, list(known)[::-1]) for context, known in after.items()]
-                tokens_of, classes = np.array([row[0] for row in rows], np.int32), [row[1] for row in rows]
-                self.write(np.array(list(after), np.int64), tokens_of, np.array(classes, np.uint8))
-
-    def _joined(self, context: Context, tokens: list[int]) -> tuple[list[int], list[int]]:
-        """``tokens``, then what was known of ``context``, with their classes, filled up to ``num_successors``."""
-        joined = {token: _FIRST_TEXT + min(i, len(_TEXT_RATES) - 1) for i, token in enumerate(tokens)}
-        order, known, classes = self.lookup(context)
-        if order == len(context):
-            for token, kind in zip(known, classes, strict=True):
-                joined.setdefault(token, kind)
-        missing = self.num_successors - len(joined)
-        return (
-            [*joined, *[-1] * missing][: self.num_successors],
-            [*joined.values(), *[0] * missing][: self.num_successors],
-        )
+Rates = list[list[float]]  # for each length of context and class
 
 
 @dataclass(slots=True)
 class ClassRates:
     """How often a successor of each class was the token that came, for each length of context."""
 
-    hits: NDArray[np.float64]  # (max_order + 1, classes)
-    trials: NDArray[np.float64]  # (max_order + 1, classes)
+    hits: list[list[float]]  # (max_order + 1, classes)
+    trials: list[list[float]]  # (max_order + 1, classes)
 
     @classmethod
     def prior(cls, max_order: int) -> ClassRates:
         """Worth ten observations: a short context says less than the text that it was seen in."""
-        known = np.array([1 - 0.6 ** (order + 1) for order in range(max_order + 1)])[:, None]
-        rates = np.concatenate([known * _TYPICAL, np.tile(_TEXT_RATES, (max_order + 1, 1))], 1)
-        trials = np.full(rates.shape, 10.0)
-        return cls(trials * rates, trials)
+        known = [1 - 0.6 ** (order + 1) for order in range(max_order + 1)]
+        return cls._worth(10.0, [[*(share * rate for rate in TYPICAL), *TEXT_RATES] for share in known])
 
-    def learn(self, order: int, tokens: Sequence[int], classes: Sequence[int], token: int) -> None:
-        """``token`` came where ``tokens`` of ``classes`` were the known successors of a context of ``order`` tokens."""
+    @classmethod
+    def averages(cls, max_order: int) -> ClassRates:
+        """Worth thirty: probabilities that are averages over many places hold nearly as they stand."""
+        return cls._worth(30.0, [[*(0.9 * rate for rate in TYPICAL), *TEXT_RATES]] * (max_order + 1))
+
+    @classmethod
+    def _worth(cls, trials: float, rates: list[list[float]]) -> ClassRates:
+        return cls([[trials * rate for rate in row] for row in rates], [[trials] * NUM_CLASSES for _ in rates])
+
+    def learn(self, found: Found, token: int) -> None:
+        """``token`` came where ``found`` were the known successors."""
+        order, tokens, classes = found
+        hits, trials = self.hits[order], self.trials[order]
         for known, kind in zip(tokens, classes, strict=True):
-            self.trials[order, kind] += 1
-            self.hits[order, kind] += known == token
-            if self.trials[order, kind] > 400:  # what is long past counts less
-                self.trials[order, kind] /= 2
-                self.hits[order, kind] /= 2
+            trials[kind] += 1
+            hits[kind] += known == token
+            if trials[kind] > 400:  # what is long past counts less
+                trials[kind] /= 2
+                hits[kind] /= 2
 
     def values(self) -> list[list[float]]:
         """(max_order + 1, classes) acceptance rates."""
-        return (self.hits / self.trials).tolist()  # type: ignore[no-any-return]
+        return [[h / t for h, t in zip(*rows, strict=True)] for rows in zip(self.hits, self.trials, strict=True)]
 
 
 @dataclass(slots=True)
 class RecyclingDrafter:
     """Drafts from what the target itself thought likely in the same context before; no model, no training.
 
-    Every node is picked with certainty.
+    Every node is picked with certainty. What a table made ahead knows of a context counts beside what was seen in this
+    text; of a token that both know, the higher rate.
 
     Args:
         vocab_size: token ids of the target.
@@ -160,6 +103,7 @@ class RecyclingDrafter:
         min_prob: a node whose estimated probability of being accepted is lower is not worth its place.
         min_gain: expected accepted tokens below which the step is not worth a larger pass at all.
         path: file that the table is loaded from, if it exists, and saved to when the last row ends.
+        start: what the target expects after many contexts, gathered ahead (the paper's hot start).
 
     Raises:
         ValueError: a value out of its range, or a file that does not hold such a table.
@@ -172,9 +116,12 @@ class RecyclingDrafter:
     min_prob: float = 0.01
     min_gain: float = 0.1
     path: str | Path | None = None
+    start: StartTable | None = None
     name: str = "recycling"
     table: SuccessorTable = field(init=False)
     rates: ClassRates = field(init=False)
+    start_rates: ClassRates = field(init=False)
+    _reach: int = field(init=False)  # tokens of the longest context of either table
     _rows: set[Row] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
@@ -187,6 +134,9 @@ class RecyclingDrafter:
             )
         self.table = SuccessorTable(self.max_order, self.num_successors, self.capacity)
         self.rates = ClassRates.prior(self.max_order)
+        order = self.start.max_order if self.start else 0
+        self.start_rates = ClassRates.averages(order)
+        self._reach = max(self.max_order, order)
         if self.path is not None:
             self.path = Path(self.path).expanduser()
             if not self.path.parent.is_dir():
@@ -202,9 +152,9 @@ class RecyclingDrafter:
     def propose(
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
     ) -> list[TokenTree]:
-        rates = self.rates.values()
+        rates = self.rates.values(), self.start_rates.values()
         return [
-            self._grow(self._context(row, len(row.tokens)), limit, rates)
+            self._grow(self._context(row, len(row.tokens)), limit, *rates)
             for row, limit in zip(rows, limits, strict=True)
         ]
 
@@ -213,9 +163,10 @@ class RecyclingDrafter:
     ) -> None:
         for row in rows:
             for end in range(len(row.tokens) - row.num_new, len(row.tokens)):
-                order, known, classes_known = self.table.lookup(self._context(row, end))
-                if order:
-                    self.rates.learn(order, known, classes_known, row.tokens[end])
+                keys = keys_of(self._context(row, end))
+                self.rates.learn(self.table.find(keys), row.tokens[end])
+                if self.start:
+                    self.start_rates.learn(self.start.find(keys), row.tokens[end])
         successors, classes = _top(scores, self.num_successors)
         contexts: list[Context] = []
         places: list[int] = []  # accepted nodes come last: where contexts are equal, they count
@@ -249,8 +200,8 @@ class RecyclingDrafter:
 
     def _context(self, row: Row, end: int) -> Context:
         """The last tokens of the row before position ``end``."""
-        context = tuple(row.tokens[max(0, end - self.max_order) : end])
-        return (-1,) * (self.max_order - len(context)) + context
+        context = tuple(row.tokens[max(0, end - self._reach) : end])
+        return (-1,) * (self._reach - len(context)) + context
 
     def _contexts(self, root: Context, tree: TokenTree) -> list[Context]:
         """(n,) the context that each node ends; ``root`` is that of the root."""
@@ -259,7 +210,18 @@ class RecyclingDrafter:
             contexts.append((*contexts[parent][1:], token))
         return contexts
 
-    def _grow(self, context: Context, limit: Limit, rates: list[list[float]]) -> TokenTree:
+    def _successors(self, context: Context, rates: Rates, start_rates: Rates) -> dict[int, float]:
+        """The known successors of ``context`` and how likely each is to be accepted."""
+        keys = keys_of(context)
+        order, tokens, classes = self.table.find(keys)
+        likely = {token: rates[order][kind] for token, kind in zip(tokens, classes, strict=True)}
+        if self.start:
+            order, tokens, classes = self.start.find(keys)
+            for token, kind in zip(tokens, classes, strict=True):
+                likely[token] = max(likely.get(token, 0.0), start_rates[order][kind])
+        return likely
+
+    def _grow(self, context: Context, limit: Limit, rates: Rates, start_rates: Rates) -> TokenTree:
         """Best-first: always add the most probable candidate, then offer its own successors."""
         tokens, parents, depths, estimates = [context[-1]], [-1], [0], [1.0]
         contexts = [context]
@@ -268,9 +230,8 @@ class RecyclingDrafter:
 
         def offer(node: int) -> None:
             if depths[node] < limit.depth:
-                order, known, classes = self.table.lookup(contexts[node])
-                for token, kind in zip(known, classes, strict=True):
-                    estimate = estimates[node] * rates[order][kind]
+                for token, rate in self._successors(contexts[node], rates, start_rates).items():
+                    estimate = estimates[node] * rate
                     if estimate >= self.min_prob:
                         heapq.heappush(heap, (-estimate, node, token))
 
@@ -303,8 +264,8 @@ def _top(scores: Sequence[Scores], num: int) -> tuple[NDArray[np.int32], NDArray
     values = torch.cat([each.values for each in best]).float()
     sums = torch.cat([each.float().logsumexp(-1, keepdim=True) for each in logits])
     found: Tensor = torch.cat([each.indices for each in best]).masked_fill(~values.isfinite(), -1)
-    bounds = torch.from_numpy(_BOUNDS).flip(0).to(values.device)
-    classes = len(_BOUNDS) - torch.bucketize((values - sums).exp(), bounds)
+    bounds = torch.from_numpy(BOUNDS).flip(0).to(values.device)
+    classes = len(BOUNDS) - torch.bucketize((values - sums).exp(), bounds)
     return found.to("cpu", torch.int32).numpy(), classes.to("cpu", torch.uint8).numpy()
 
 
@@ -331,7 +292,7 @@ def _save(drafter: RecyclingDrafter, path: Path) -> None:
                 keys=table.keys[orders, slots],
                 successors=table.successors[orders, slots],
                 classes=table.classes[orders, slots],
-                rates=np.stack([rates.hits, rates.trials]),
+                rates=np.array([rates.hits, rates.trials]),
             )
             file.close()
             os.replace(file.name, path)
@@ -360,20 +321,39 @@ def _load(drafter: RecyclingDrafter, path: Path) -> None:
         if min(orders.min(initial=0), slots.min(initial=0)) < 0:
             raise ValueError("slots outside the table")
         classes = np.asarray(data["classes"], np.uint8)
-        if classes.max(initial=0) >= _NUM_CLASSES:
+        if classes.max(initial=0) >= NUM_CLASSES:
             raise ValueError("unknown classes")
-        hits, trials = data["rates"].reshape(2, *drafter.rates.hits.shape)
+        hits, trials = data["rates"].reshape(2, drafter.max_order + 1, NUM_CLASSES)
         if not ((hits >= 0).all() and (trials > 0).all() and (hits <= trials).all() and np.isfinite(trials).all()):
             raise ValueError("rates that are none")
         drafter.table.keys[orders, slots] = data["keys"]
         drafter.table.successors[orders, slots] = found
         drafter.table.classes[orders, slots] = classes
-        drafter.rates = ClassRates(hits, trials)
+        drafter.rates = ClassRates(hits.tolist(), trials.tolist())
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is not a whole table of drafter 'recycling' ({error}); {advice}") from error
 
 
 def build(context: DraftContext) -> Drafter:
-    """Options: max_order, num_successors, capacity, min_prob, min_gain, path."""
+    """Options: max_order, num_successors, capacity, min_prob, min_gain, path, start (auto, a folder, or None)."""
+    return _build(context, **context.options)
+
+
+def _build(context: DraftContext, start: Any = "auto", **options: Any) -> Drafter:
     target: Any = context.target
-    return RecyclingDrafter(target.vocab_size, **context.options)
+    return RecyclingDrafter(target.vocab_size, start=_start(target, start), **options)
+
+
+def _start(target: Any, start: Any) -> StartTable | None:
+    """The table in the folder ``start``; with "auto" the shipped one, if it was made for this target."""
+    if start is None:
+        return None
+    folder = SHIPPED / _SHIPPED if start == "auto" else Path(str(start)).expanduser()
+    if start == "auto":
+        config = read_json(folder / CONFIG) if folder.is_dir() else {}
+        is_ours = isinstance(target, CausalLM) and config.get("vocab_size") == target.vocab_size
+        if not is_ours or mismatch(config.get("specdec_target") or {}, target_facts(target.model)):
+            return None
+    if not isinstance(target, CausalLM):
+        return StartTable.load(folder, target.vocab_size)
+    return kept(target, ("recycling", *version(folder)), lambda: StartTable.load(folder, target.vocab_size))

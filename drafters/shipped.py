@@ -99,7 +99,7 @@ def kept(target: CausalLM, key: tuple[Any, ...], make: Callable[[], T]) -> T:
 
 def version(path: Path) -> tuple[str, int]:
     """Changes when the checkpoint at ``path`` does."""
-    files = [file for file in path.glob("*") if file.is_file()] if path.is_dir() else [path]
+    files = [file for file in (*path.glob("*"), path) if file.is_file()]
     return str(path.absolute()), max((file.stat().st_mtime_ns for file in files), default=0)
 
 

@@ -15,7 +15,8 @@ from transformers import LlamaForCausalLM
 
 import specdec
 from specdec.drafters import make_drafter
-from specdec.drafters.recycling import RecyclingDrafter, SuccessorTable
+from specdec.drafters.recycling import RecyclingDrafter
+from specdec.drafters.successors import SuccessorTable
 from specdec.interfaces import DraftContext, Row, Scores, Step, Verdict
 from specdec.tree import TokenTree
 

@@ -12,7 +12,7 @@ from trained import tiny_target
 import specdec
 from specdec.drafters import make_drafter
 from specdec.drafters.shipped import SHIPPED
-from specdec.errors import UnsupportedModelError
+from specdec.errors import CheckpointError, UnsupportedModelError
 from specdec.interfaces import DraftContext
 from specdec.models import is_fetched, load_model, load_tokenizer
 from specdec.target import CausalLM
@@ -28,6 +28,7 @@ QUESTIONS = ("What makes bread rise?", "Write a Python function that reverses th
 SPECS = {
     "medusa": 1.3,
     "eagle": 1.6,
+    "recycling": 1.6,
     "hybrid:parts=ngram+recycling+eagle": 1.7,
 }  # tokens a pass, far below what they reach
 
@@ -65,9 +66,25 @@ def test_they_refuse_a_model_that_they_were_not_trained_for(name: str) -> None:
         make_drafter(name, DraftContext(other, make_verifier("match")))
 
 
+def test_the_start_table_is_taken_for_its_own_model_alone(target: tuple[Any, Any]) -> None:
+    """Another model begins with an empty table, as does its own if told so; a table given by name must only fit."""
+    rule, own, other = make_verifier("match"), CausalLM(target[0]), CausalLM(tiny_target())
+    built: Any = make_drafter("recycling", DraftContext(own, rule))
+    assert built.start.num_contexts > 100_000
+    again: Any = make_drafter("recycling", DraftContext(own, rule))
+    assert again.start is built.start  # read once
+    for spec, engine in (("recycling:start=None", own), ("recycling", other)):
+        cold: Any = make_drafter(spec, DraftContext(engine, rule))
+        assert cold.start is None
+    folder = SHIPPED / "smollm2-135m-recycling"
+    with pytest.raises(CheckpointError, match="49152 token ids and the target has"):
+        make_drafter(f"recycling:start={folder}", DraftContext(other, rule))
+
+
 def test_they_are_small_and_say_what_they_were_trained_on() -> None:
     folders = [folder for folder in SHIPPED.iterdir() if folder.is_dir()]
-    assert sorted(folder.name for folder in folders) == ["smollm2-135m-eagle3", "smollm2-135m-medusa"]
+    kinds = ("eagle3", "medusa", "recycling")
+    assert sorted(folder.name for folder in folders) == [f"smollm2-135m-{kind}" for kind in kinds]
     assert sum(file.stat().st_size for folder in folders for file in folder.rglob("*")) < 25_000_000
     for folder in folders:
         facts = json.loads((folder / "training.json").read_text("utf-8"))["facts"]

@@ -14,6 +14,7 @@ import pytest
 import tinychat
 import torch
 
+from specdec.cli.train_data import Source
 from specdec.drafters.training import data
 
 NUM = 128  # the fewest conversations that can be trained on
@@ -54,6 +55,7 @@ USES = {
     "medusa": ("--drafter", 'medusa:path="{}"'),
     "eagle": ("--drafter", 'eagle:path="{}"'),
     "draft": ("--drafter", "model", "--drafter-model", "{}"),
+    "recycling": ("--drafter", 'recycling:start="{}"'),
 }
 
 
@@ -69,9 +71,10 @@ def test_from_nothing_but_a_model_to_a_drafter_that_keeps_the_text(
     use = shlex.split(hint)
     assert use == [word.format(output) for word in USES[kind]]
     assert re.search(r"training on \d+ tokens, 1 shards held out", ran.err)
-    assert re.search(r"final: step \d+, 100 %, loss \d", ran.err)
+    fitted = kind != "recycling"  # a table is only gathered
+    assert bool(re.search(r"final: step \d+, 100 %, loss \d", ran.err)) == fitted
     assert re.search(r"mean acceptance length on 4 held-out questions, greedy: [1-9]\.\d\d", ran.err)
-    for name in ("config.json", "README.md", "training.json", "run/log.jsonl", "run/state.pt"):
+    for name in ("config.json", "README.md", "training.json", *(("run/log.jsonl", "run/state.pt") if fitted else ())):
         assert (output / name).is_file()
 
     question = ("hello hello", "--target", target, "--max-new-tokens", "24", "--fixed")
@@ -83,7 +86,7 @@ def test_from_nothing_but_a_model_to_a_drafter_that_keeps_the_text(
     made = files(work)
     again = specdec_command(*train)
     assert again.status == 0, again.err
-    assert "100 % done" in again.err
+    assert ("100 % done" in again.err) == fitted
     assert "conversations:" not in again.err  # nothing was written anew
     assert files(work) == made
 
@@ -101,6 +104,24 @@ def test_the_card_says_what_it_was_made_of(
     assert f"Data: {NUM} conversations" in card
     assert "--drafter medusa:path=THIS_FOLDER" in card
     assert f"{facts['facts']['mean_acceptance_length']:.2f}" in card
+
+
+def test_progress_counts_what_is_asked_for_and_ends_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Conversations that an earlier, larger run had left were counted too, and tokens that are in no whole shard."""
+    monkeypatch.setattr(data, "DataSettings", partial(data.DataSettings, max_question_tokens=16))
+    folder = data.DataFolder(tmp_path, data.DataSettings("tiny", 200, max_answer_tokens=8))
+    folder.open()
+    with folder.append() as file:
+        for index in range(1, 200):
+            file.write(json.dumps({"index": index, "tokens": [9, 10, 11], "num_prompt": 2}) + "\n")
+    source = Source("tiny", "self", NUM, max_answer_tokens=8, batch_size=4, seed=0, work=tmp_path)
+    _, texts = source.prepare(tinychat.make_model(), tinychat.make_tokenizer(), needs_layers=False)
+    assert len(texts) == 200
+    said = capsys.readouterr().err
+    assert f"conversations: {NUM} of {NUM}, " in said
+    assert f"features, tokens: {3 * 192} of {3 * 192}" in said
 
 
 def test_a_run_that_is_stopped_while_it_writes_goes_on(

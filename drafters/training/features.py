@@ -98,6 +98,17 @@ class FeatureStore:
             for i in range(len(sizes))
         ]
 
+    def predictions(self, number: int, count: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
+        """Of one shard end to end: the lengths of its texts, tokens (T,), and the ``count`` most probable next tokens.
+
+        These are ids (T, k) and log-probabilities (T, k), k being at most what is kept.
+        """
+        sizes, tokens, ids, logprobs = self._tensors(number, ("sizes", "tokens", "top_ids", "top_logprobs"))
+        lengths: list[int] = sizes.tolist()
+        if any(len(column) != sum(lengths) for column in (tokens, ids, logprobs)):
+            raise self._damaged(number, "its tensors are not of one length")
+        return lengths, tokens.long(), ids[:, :count].long(), logprobs[:, :count].float()
+
     def sizes(self, number: int) -> list[int]:
         """The lengths of one shard's conversations."""
         sizes: list[int] = self._tensors(number, ("sizes",))[0].tolist()

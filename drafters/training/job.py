@@ -25,13 +25,14 @@ from specdec.drafters.training.eagle import EagleTraining, warm_start
 from specdec.drafters.training.features import FeatureStore
 from specdec.drafters.training.loop import Trainer, TrainSettings
 from specdec.drafters.training.medusa import MedusaTraining
+from specdec.drafters.training.successors import gather, judge
 from specdec.drafters.training.vocabulary import choose_vocabulary
 from specdec.errors import CheckpointError
 from specdec.files import write_json, write_text
 from specdec.models import load_model
 
 _VOCABULARY = "draft_vocab.json"
-KINDS = ("medusa", "eagle", "draft")
+KINDS = ("medusa", "eagle", "draft", "recycling")
 Facts = dict[str, Any]
 
 
@@ -48,14 +49,17 @@ class Recipe:
     own_output: bool = False
     steps: int = 3
     layers: int = 8
+    contexts: int = 250_000
     start_from: str | None = None  # a finished drafter whose weights the run begins with, instead of the target's own
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        for name in ("batch_tokens", "heads", "head_layers", "steps", "layers"):
+        for name in ("batch_tokens", "heads", "head_layers", "steps", "layers", "contexts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kind == "recycling" and self.start_from is not None:
+            raise ValueError("a start table is gathered anew from all text: leave start_from out")
         if self.draft_vocab < 0:
             raise ValueError(f"draft_vocab must be positive, or 0 for every id, got {self.draft_vocab}")
 
@@ -75,6 +79,8 @@ class Job:
         split = Split.of(len(self.store))
         facts: Facts = {"num_train_tokens": sum(sum(self.store.sizes(shard)) for shard in split.train)}
         self.say(f"training on {facts['num_train_tokens']} tokens, {len(split.held_out)} shards held out")
+        if self.recipe.kind == "recycling":
+            return facts | self._recycling(split)
         if self.recipe.kind == "draft":
             return facts | self._draft(split)
         start = self._start()
@@ -170,6 +176,15 @@ class Job:
         self._save(lambda: small.to(self.model.dtype).save_pretrained(self.folder))
         return facts
 
+    def _recycling(self, split: Split) -> Facts:
+        vocab_size = self.model.config.get_text_config().vocab_size
+        table = gather(self.store, split.train, vocab_size, self.recipe.contexts, target_facts(self.model))
+        self._save(lambda: table.save(self.folder))
+        accuracy = judge(table, self.store, split.held_out)
+        hits = ", ".join(f"{name} {rates[0]:.3f}" for name, rates in accuracy.items())
+        self.say(f"{table.num_contexts} contexts; on held-out text {hits}")
+        return {"num_contexts": table.num_contexts, **accuracy}
+
     def _started_draft(self) -> Any:
         small = load_model(str(self.recipe.start_from), dtype="float32", device=str(self.model.device))
         sizes = [each.config.get_text_config().vocab_size for each in (small, self.model)]
@@ -205,7 +220,8 @@ def usage(kind: str, folder: object) -> str:
     """The options of the command line that use what was trained, quoted for a shell."""
     if kind == "draft":
         return f"--drafter model --drafter-model {shlex.quote(str(folder))}"
-    return f"--drafter {shlex.quote(format_drafter(kind, {'path': str(folder)}))}"
+    option = "start" if kind == "recycling" else "path"
+    return f"--drafter {shlex.quote(format_drafter(kind, {option: str(folder)}))}"
 
 
 @torch.no_grad()
@@ -216,10 +232,28 @@ def embedding_table(model: Any) -> Tensor:
     return table.float()
 
 
+def _how(recipe: Recipe, facts: Mapping[str, Any]) -> str:
+    """A model card's line on how the drafter was made."""
+    if recipe.kind == "recycling":
+        return (
+            f"- Nothing was fitted: the target's own next-token probabilities, averaged for the\n  {facts['num_contexts']} "
+            "contexts of 1 to 3 tokens that occur most often there."
+        )
+    return (
+        f"- Training: {facts['step']} steps of {recipe.batch_tokens} tokens, {facts['elapsed_s'] / 60:.0f} minutes\n  "
+        f"({facts['epoch'] + 1} passes over the data)."
+    )
+
+
 def model_card(target: str, licence: str, recipe: Recipe, facts: Mapping[str, Any]) -> str:
     """The text of a model card."""
-    names = {"medusa": "Medusa heads", "eagle": "EAGLE-3 draft head", "draft": "Distilled draft model"}
-    places = "step ahead" if recipe.kind == "eagle" else "head"
+    names = {
+        "medusa": "Medusa heads",
+        "eagle": "EAGLE-3 draft head",
+        "draft": "Distilled draft model",
+        "recycling": "Start table of Token Recycling",
+    }
+    places = "head" if recipe.kind == "medusa" else "step ahead"
     rows = zip(facts["top1"], facts["top4"], facts["top8"], strict=True)
     table = "\n".join(f"| {i + 1} | {a:.3f} | {b:.3f} | {c:.3f} |" for i, (a, b, c) in enumerate(rows))
     vocabulary = (
@@ -240,8 +274,7 @@ stays exactly the target's: a drafter only changes how fast it comes.
 
 - Data: {facts["conversations"]} conversations ({facts["num_train_tokens"]} training tokens), written and answered by the
   target itself. No data set was used.
-- Training: {facts["step"]} steps of {recipe.batch_tokens} tokens, {facts["elapsed_s"] / 60:.0f} minutes
-  ({facts["epoch"] + 1} passes over the data).
+{_how(recipe, facts)}
 {start}{vocabulary}- Mean acceptance length on held-out questions, greedy: {facts["mean_acceptance_length"]:.2f}.
 - Licence: {licence}, the target's.
 
