@@ -1,113 +1,161 @@
 """From lines of a trace to columns, in two lanes.
 
-Steps as TraceWriter writes them without probabilities go the fast lane: their keys come in one fixed order, so once a
-whole chunk is seen to have that layout, keys can be cut out of the bytes and the numbers parsed without building a dict
-for each line. Everything else goes the slow lane, through JSON. Both give the same columns.
+TraceWriter writes the keys of a step in one fixed order. Chunks of lines that keep to it go the fast lane: they are cut
+at the keys, and what all lines have in one field is parsed together, without a dict for each line. Everything else goes
+the slow lane, line by line. Both leave numbers to JSON and give the same columns.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.analysis.columns import KEPT, TREE
+from specdec.analysis.columns import KEPT, TREE, Label
 
 Columns = dict[str, NDArray[Any]]
 
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what reading a damaged line raises
+
 STEP = b'{"type":"step",'
 _ROW = b',"row":'
-_LAYOUT = (
-    b'"row":"index":"position":"tokens":[]"nodes":[]"tree_tokens":[]"tree_parents":[]'
-    b'"num_drafted":"num_accepted":"num_rows":"draft_s":"score_s":"verify_s":"finished":'
-)
-_NUMERIC = b"0123456789.-+e,"
-_DONE, _RUNNING = (word.translate(None, _NUMERIC) for word in (b"true}", b"false}"))
-_SKELETON = _LAYOUT.translate(None, _NUMERIC) + _RUNNING + b"\n"
 _NEVER = b"\n"  # what no line begins with
-_LETTERS = b'abcdefghijklmnopqrstuvwxyz"_:{}\n'
-_LISTS = ("tokens", "nodes", "tree_tokens", "tree_parents")
-_SCALARS = ("row", "index", "position", "num_drafted", "num_accepted", "num_rows", "draft_s", "score_s", "verify_s")
+_FIELDS = (
+    "row", "index", "position", "tokens", "nodes", "tree_tokens", "tree_parents", "num_drafted", "num_accepted",
+    "num_rows", "draft_s", "score_s", "verify_s", "finished",
+)  # fmt: skip
 OPTIONAL = ("node_probs", "draft_probs", "estimates", "token_probs", "entropies")
+_LISTS = KEPT | TREE
+_WHOLE: tuple[np.dtype[Any], str] = np.dtype(np.int64), "whole numbers"
+_KINDS = (
+    dict.fromkeys(_FIELDS, _WHOLE)
+    | dict.fromkeys(("draft_s", "score_s", "verify_s", *OPTIONAL), (np.dtype(np.float64), "numbers"))
+    | {"finished": (np.dtype(np.bool_), "true or false")}
+)
+
+# How a line ends that has some of the optional fields, and how it would end with all of them, the others empty.
+_SOME = b'"finished":(true|false)' + b"".join(b'(?:,"%s":\\[([^]]*)])?' % name.encode() for name in OPTIONAL) + b"}"
+_ALL = b'"finished":\\1' + b"".join(b',"%s":[\\%d]' % (name.encode(), i) for i, name in enumerate(OPTIONAL, 2)) + b"}"
+_NO_SHAPE = bytes(set(range(256)) - set(b",]"))
 
 
 class Heads:
     """Codes of the labels in front of the steps' numbers: a few for many lines, so each is parsed once."""
 
-    def __init__(self) -> None:
+    def __init__(self, parse: Callable[[Mapping[str, Any]], Label]) -> None:
         self.codes: dict[bytes, int] = {}
-        self.parsed: list[dict[str, Any]] = []
+        self.labels: list[Label] = []
+        self._parse = parse
 
     def code(self, head: bytes) -> int:
         """The number of ``head``, the line up to its row.
 
         Raises:
-            ValueError: it is not the beginning of a JSON object.
+            TypeError, ValueError: it is not the beginning of a JSON object, or not one of labels.
         """
         if head not in self.codes:
-            parsed = json.loads(head + b"}")
-            self.codes[head] = len(self.parsed)
-            self.parsed.append(parsed)
+            label = self._parse(json.loads(head + b"}"))
+            self.codes[head] = len(self.labels)
+            self.labels.append(label)
         return self.codes[head]
 
 
-def fast_columns(lines: Sequence[bytes], heads: Heads) -> tuple[Columns | None, list[int]]:
-    """Columns of the steps among ``lines``, or None if one is not exactly as TraceWriter writes it; and which lines are
-    no steps.
+def fast_columns(lines: Sequence[bytes], heads: Heads) -> tuple[Columns | None, Sequence[int]]:
+    """Columns of the steps among ``lines``, and which lines are no steps: None and all lines if a step is not exactly as
+    TraceWriter writes it.
     """
     tails: list[bytes] = []
     begins, codes, others = list[int](), list[int](), list[int]()
     last, cut = _NEVER, 0
-    for number, line in enumerate(lines):
-        if not line.startswith(last):
-            if not line.startswith(STEP):
-                others.append(number)
-                continue
-            end = line.find(_ROW)
-            if end < 0 or (code := _code(heads, line[:end])) < 0:
-                return None, []
-            last, cut = line[: end + 1], end + 1
-            begins.append(len(tails))
-            codes.append(code)
-        tails.append(line[cut:])
-    columns = _numbers(b"".join(tails), len(tails)) if tails else None
-    if columns is not None:
-        columns["label"] = np.repeat(codes, np.diff([*begins, len(tails)]))
+    try:
+        for number, line in enumerate(lines):
+            if not line.startswith(last):
+                if not line.startswith(STEP):
+                    others.append(number)
+                    continue
+                cut = line.index(_ROW)
+                last = line[:cut] + _ROW
+                begins.append(len(tails))
+                codes.append(heads.code(line[:cut]))
+            tails.append(line[cut:])
+        if not tails:
+            return None, others
+        columns = _parsed(b"".join(tails), len(tails))
+    except (*DAMAGE, RecursionError):
+        return None, range(len(lines))
+    columns["label"] = np.repeat(codes, np.diff([*begins, len(tails)]))
     return columns, others
 
 
-def _code(heads: Heads, head: bytes) -> int:
-    try:
-        return heads.code(head)
-    except ValueError:
-        return -1
+def _parsed(text: bytes, num_steps: int) -> Columns:
+    """Columns of steps without their labels.
+
+    Raises:
+        ValueError, RecursionError: a line is not as TraceWriter writes it.
+    """
+    fields = _fields(text, num_steps)
+    columns: Columns = {}
+    for name, (pieces, end) in fields.items():
+        if name not in _LISTS:
+            numbers = b"".join(pieces).replace(end, b",")
+            values = json.loads(b"[" + numbers[:-1] + b"]")
+            if len(values) != num_steps:
+                raise ValueError(f"{name} must have one value in each line")
+            columns[name] = _array(name, values)
+    kept = _lists(fields, "tokens", KEPT, columns["num_accepted"])
+    return columns | kept | _lists(fields, "tree_tokens", TREE, columns["num_drafted"])
 
 
-def _numbers(text: bytes, num_steps: int) -> Columns | None:
-    """The numbers of steps without their labels, if every line has the fixed layout."""
-    # What is left of a line without its numbers is the same for all.
-    skeleton = text.translate(None, _NUMERIC).replace(_DONE, _RUNNING)
-    if skeleton != _SKELETON * num_steps:
-        return None
-    pieces = text.replace(b"[", b"]").split(b"]")
-    flat = b"".join(pieces[0::8]).replace(b"e-", b"E-").translate(None, _LETTERS).replace(b",,", b",")
-    try:
-        lists = [np.fromstring(b",".join(pieces[i::8]), dtype=np.int64, sep=",") for i in (1, 3, 5, 7)]
-        scalars = np.fromstring(flat.strip(b","), dtype=np.float64, sep=",")
-    except (ValueError, DeprecationWarning):
-        return None
-    if len(scalars) != num_steps * len(_SCALARS):
-        return None
-    table = scalars.reshape(num_steps, len(_SCALARS))
-    columns: Columns = {name: table[:, i] for i, name in enumerate(_SCALARS)}
-    columns |= dict(zip(_LISTS, lists, strict=True))
-    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
-    columns["finished"] = np.frombuffer(text, np.uint8)[ends - 3] == ord("u")  # of true, not of false
-    kept, nodes = (int(columns[name].sum()) + num_steps for name in ("num_accepted", "num_drafted"))
-    return columns if [len(each) for each in lists] == [kept, kept, nodes, nodes] else None
+def _fields(text: bytes, num_steps: int) -> dict[str, tuple[list[bytes], bytes]]:
+    """For each field, a piece of every line that begins with its value; and what must follow the value, the next key.
+
+    If not all lines have the same optional fields, those that a line lacks are empty lists.
+    """
+    names: tuple[str, ...] = _FIELDS
+    pieces = text.split(b":")
+    if len(pieces) != 1 + num_steps * len(names):
+        names += OPTIONAL
+        if len(pieces) != 1 + num_steps * len(names):
+            pieces = re.sub(_SOME, _ALL, text).split(b":")
+    pieces[-1] += _ROW[:-1]
+    ends = [b',"%s"' % name.encode() for name in names[1:]] + [b"}\n" + _ROW[:-1]]
+    return {name: (pieces[i + 1 :: len(names)], end) for i, (name, end) in enumerate(zip(names, ends, strict=True))}
+
+
+def _lists(
+    fields: Mapping[str, tuple[list[bytes], bytes]], first: str, names: frozenset[str], counts: NDArray[np.int64]
+) -> Columns:
+    """Columns of the lists called ``names``, which hold ``counts`` + 1 numbers; ``first`` is one that is never empty."""
+    shape = _shape(fields[first][0])
+    commas = shape.split(b"],")[:-1]
+    if list(map(len, commas)) != counts.tolist():
+        raise ValueError(f"{first} must have another length")
+    columns: Columns = {}
+    for name, (pieces, end) in fields.items():
+        if name not in names:
+            continue
+        if name in OPTIONAL and (num_empty := pieces.count(b"[]" + end)):
+            if num_empty == len(pieces):
+                continue
+            pieces = [
+                b"[null" + b",null" * len(each) + b"]" + end if piece == b"[]" + end else piece
+                for piece, each in zip(pieces, commas, strict=True)
+            ]
+        if _shape(pieces) != shape:
+            raise ValueError(f"{name} must have another length")
+        numbers = (b"".join(pieces) + b"[").replace(b"]" + end + b"[", b",")
+        columns[name] = _array(name, json.loads(numbers[:-1] + b"]"))
+    return columns
+
+
+def _shape(lists: Sequence[bytes]) -> bytes:
+    """The commas and ends of lists: the same for lists of the same lengths."""
+    return b"".join(lists).translate(None, _NO_SHAPE)
 
 
 def slow_columns(steps: Sequence[Mapping[str, Any]], codes: Sequence[int]) -> Columns:
@@ -122,26 +170,38 @@ def slow_columns(steps: Sequence[Mapping[str, Any]], codes: Sequence[int]) -> Co
             raise ValueError("tokens, nodes and num_accepted do not fit each other")
         if nodes != len(step["tree_parents"]) or nodes != step["num_drafted"] + 1:
             raise ValueError("tree_tokens, tree_parents and num_drafted do not fit each other")
-    columns: Columns = {name: np.array([step[name] for step in steps], np.float64) for name in _SCALARS}
-    for name in _LISTS:
-        columns[name] = np.array([value for step in steps for value in step[name]], np.int64)
-    columns["finished"] = np.array([bool(step["finished"]) for step in steps])
-    columns["label"] = np.array(codes, np.int64)
+    columns: Columns = {"label": np.array(codes, np.int64)}
+    for name in _FIELDS:
+        values = [step[name] for step in steps]
+        columns[name] = _array(name, list(chain.from_iterable(values)) if name in _LISTS else values)
     for name in OPTIONAL:
         if any(step.get(name) for step in steps):
-            columns[name] = _optional(steps, name)
+            columns[name] = _array(name, [value for step in steps for value in _given(step, name)])
     return columns
 
 
-def _optional(steps: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
-    values: list[float] = []
-    for step in steps:
-        length = len(step["nodes"] if name in KEPT else step["tree_tokens"])
-        given = step.get(name) or [None] * length
-        if len(given) != length:
-            raise ValueError(f"{name} must have {length} numbers, got {len(given)}")
-        values += [np.nan if value is None else float(value) for value in given]
-    return np.array(values, np.float64)
+def _given(step: Mapping[str, Any], name: str) -> Sequence[float | None]:
+    length = len(step["nodes"] if name in KEPT else step["tree_tokens"])
+    given: Sequence[float | None] = step.get(name) or [None] * length
+    if len(given) != length:
+        raise ValueError(f"{name} must have {length} numbers, got {len(given)}")
+    return given
+
+
+def _array(name: str, values: Sequence[Any]) -> NDArray[Any]:
+    """The column of these values; None is NaN in an optional field.
+
+    Raises:
+        ValueError: a value is of another kind.
+    """
+    kind, words = _KINDS[name]
+    try:
+        column = np.array(values, kind if name in OPTIONAL else None)
+        if column.ndim == 1:
+            return column.astype(kind, casting="safe", copy=False)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be {words}, got {values}")
 
 
 def join(blocks: Sequence[Columns]) -> Columns:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from specdec.analysis.columns import Label, Output, Run, Steps, Trace, offsets_of
-from specdec.analysis.lines import OPTIONAL, Columns, Heads, fast_columns, join, slow_columns
+from specdec.analysis.lines import DAMAGE, Columns, Heads, fast_columns, join, slow_columns
 from specdec.trace import check_head, parse_line
 
 _CHUNK = 1 << 18  # bytes; small enough to stay in a processor's cache
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError)
 _LABELS = ("method", "drafter", "verifier", "question_id", "category", "turn")
 
 
@@ -34,11 +34,11 @@ def load(*paths: str | Path) -> Trace:
         for warning in file.warnings:
             warnings.warn(f"{file.path}: {warning}", stacklevel=2)
     labels: dict[Label, int] = {}
-    blocks = [file.columns(labels) for file in files]
+    blocks = [block for file in files for block in file.coded(labels)]
     return Trace(
         runs=tuple(Run(file.path, file.provenance, tuple(file.warnings), file.texts) for file in files),
         labels=tuple(labels),
-        steps=_steps([block for block in blocks if block is not None]),
+        steps=_steps(blocks),
         outputs=tuple(output for file in files for output in file.outputs),
         prompts={key: ids for file in files for key, ids in file.prompts.items()},
     )
@@ -54,7 +54,7 @@ class _File:
         self.texts: dict[int, str] = {}
         self.outputs: list[Output] = []
         self.prompts: dict[tuple[int, str, int], tuple[int, ...]] = {}
-        self.heads = Heads()
+        self.heads = Heads(partial(_label, run=number))
         self.blocks: list[Columns] = []
         self.has_ended = False
 
@@ -86,17 +86,18 @@ class _File:
                 chunk = chunk[:-1]
                 self.warnings.append("the last line is cut short and was left out")
         columns, others = fast_columns(chunk, self.heads)
+        lines = {first + i: self._parse(chunk[i], first + i) for i in others}
+        if columns is not None and any(line["type"] == "step" for line in lines.values()):
+            columns = None  # steps stay in the order of the file
+            lines = {number: self._parse(raw, number) for number, raw in enumerate(chunk, first)}
+        steps = {number: line for number, line in lines.items() if line["type"] == "step"}
+        for number, line in lines.items():
+            if number not in steps:
+                self._add_line(line, number)
+        if steps:
+            columns = self._slow(steps)
         if columns is not None:
             self.blocks.append(columns)
-        slow: dict[int, dict[str, Any]] = {}
-        for i in range(len(chunk)) if columns is None else others:
-            line = self._parse(chunk[i], first + i)
-            if line["type"] == "step":
-                slow[first + i] = line
-            else:
-                self._add_line(line, first + i)
-        if slow:
-            self.blocks.append(self._slow(slow))
 
     def _parse(self, raw: bytes, number: int) -> dict[str, Any]:
         try:
@@ -106,19 +107,19 @@ class _File:
 
     def _slow(self, steps: Mapping[int, Mapping[str, Any]]) -> Columns:
         """Columns of steps by their line numbers."""
-        codes = []
-        for step in steps.values():
-            head = json.dumps({name: step.get(name) for name in _LABELS})
-            codes.append(self.heads.code(head[:-1].encode()))
         try:
-            return slow_columns(list(steps.values()), codes)
-        except _DAMAGE:
+            return slow_columns(list(steps.values()), [self._code(step) for step in steps.values()])
+        except DAMAGE:
             for number, step in steps.items():
                 try:
-                    slow_columns([step], [0])
-                except _DAMAGE as error:
+                    slow_columns([step], [self._code(step)])
+                except DAMAGE as error:
                     raise self._damaged("step", number, error) from None
             raise
+
+    def _code(self, step: Mapping[str, Any]) -> int:
+        labels = json.dumps({name: step[name] for name in _LABELS if name in step})
+        return self.heads.code(labels[:-1].encode())
 
     def _damaged(self, kind: str, number: int, error: Exception) -> ValueError:
         what = f"no field {error}" if isinstance(error, KeyError) else str(error)
@@ -134,7 +135,7 @@ class _File:
                 self.prompts[key] = tuple(map(int, line["token_ids"]))
             elif kind == "vocabulary":
                 self.texts |= {int(token): str(text) for token, text in line["texts"].items()}
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise self._damaged(kind, number, error) from None
         self.has_ended = kind == "end"
 
@@ -146,14 +147,10 @@ class _File:
             f"there is no end line, the run was interrupted or is still going on; it holds {found}{of} questions"
         )
 
-    def columns(self, labels: dict[Label, int]) -> Columns | None:
-        """All steps of the file, with codes into ``labels``, which grows by those that are new."""
-        if not self.blocks:
-            return None
-        columns = join(self.blocks)
-        own = [_label(head, self.number) for head in self.heads.parsed]
-        codes = np.array([labels.setdefault(label, len(labels)) for label in own])
-        return columns | {"label": codes[columns["label"]]}
+    def coded(self, labels: dict[Label, int]) -> list[Columns]:
+        """The steps of the file, with codes into ``labels``, which grows by those that are new."""
+        codes = np.array([labels.setdefault(label, len(labels)) for label in self.heads.labels])
+        return [block | {"label": codes[block["label"]]} for block in self.blocks]
 
 
 def _chunks(path: str) -> Iterator[list[bytes]]:
@@ -202,12 +199,6 @@ def _steps(blocks: Sequence[Columns]) -> Steps:
         none, nothing = np.zeros(0, np.int64), np.zeros(0)
         start = np.zeros(1, np.int64)
         return Steps(*(none,) * 5, *(nothing,) * 3, nothing.astype(np.bool_), start, none, none, start, none, none)
-    columns: Mapping[str, Any] = join(blocks)
-    ints = ("label", "row", "index", "position", "num_rows")
-    same = ("draft_s", "score_s", "verify_s", "finished", "nodes", "tokens", "tree_tokens", "tree_parents", *OPTIONAL)
-    return Steps(
-        kept_offsets=offsets_of(columns["num_accepted"].astype(np.int64) + 1),
-        tree_offsets=offsets_of(columns["num_drafted"].astype(np.int64) + 1),
-        **{name: columns[name].astype(np.int64) for name in ints},
-        **{name: columns[name] for name in same if name in columns},
-    )
+    columns: dict[str, Any] = join(blocks)
+    kept, tree = (offsets_of(columns.pop(name) + 1) for name in ("num_accepted", "num_drafted"))
+    return Steps(**columns, kept_offsets=kept, tree_offsets=tree)
