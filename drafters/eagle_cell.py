@@ -14,9 +14,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.drafters.eagle_config import EagleConfig
+from specdec.fused_layer import merged
+from specdec.packed_linear import PackedLinear, pack, plain_weight
 
 # (layer, q (B, heads, T, D), k and v (B, G, T, D) of the new columns) -> attended (B, heads, T, D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -28,19 +30,23 @@ class _Attention(nn.Module):
     def __init__(self, config: EagleConfig, in_size: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.num_heads, self.num_groups = config.num_attention_heads, config.num_key_value_heads
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(in_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(in_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(in_size, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.qkv: PackedLinear | None = None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (self._split(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        """q (B, heads, T, D), k and v (B, G, T, D) from ``x`` (B, T, in size); ``cos`` and ``sin`` as of _Rotary."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        projected = self.qkv(x) if self.qkv else torch.cat([layer(x) for layer in projections], -1)
+        heads = projected.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        turned, v = torch.split(heads, [self.num_heads + self.num_groups, self.num_groups], 1)
+        turned = turned * cos + turned.roll(self.head_dim // 2, -1) * sin
+        q, k = torch.split(turned, [self.num_heads, self.num_groups], 1)
         return q, k, v
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def join(self, attended: Tensor) -> Tensor:
         out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
@@ -54,9 +60,11 @@ class _MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = ACT2FN[config.hidden_act]
+        self.gate_up: PackedLinear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up(x).chunk(2, -1) if self.gate_up else (self.gate_proj(x), self.up_proj(x))
+        out: Tensor = self.down_proj(self.activation(gate) * up)
         return out
 
 
@@ -87,15 +95,21 @@ class _Rotary(nn.Module):
     def __init__(self, config: EagleConfig) -> None:
         super().__init__()
         rotary = LlamaRotaryEmbedding(config.llama())
-        self._frequencies: Tensor = rotary.inv_freq.float().clone()
+        frequencies = rotary.inv_freq.float()
+        self._frequencies = torch.cat((-frequencies, frequencies))
         self._scale = float(rotary.attention_scaling)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, T, D) for ``positions`` (B, T)."""
+        """cos and sin (B, 1, T, D) for ``positions`` (B, T): x cos + roll(x, D / 2) sin is x turned.
+
+        The first half of the sines is negated, because the halves of x turn against each other.
+        """
         self._frequencies = self._frequencies.to(positions.device)
-        angles = positions[..., None].float() * self._frequencies
-        angles = torch.cat([angles, angles], -1)
-        return (angles.cos() * self._scale).to(dtype), (angles.sin() * self._scale).to(dtype)
+        angles = positions[:, None, :, None] * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if self._scale != 1:
+            cos, sin = cos * self._scale, sin * self._scale
+        return cos.to(dtype), sin.to(dtype)
 
 
 class EagleCell(nn.Module):
@@ -190,3 +204,19 @@ class FeatureCell(nn.Module):
     def target_ids(self) -> Tensor:
         """(V,) every id."""
         return torch.arange(self.config.vocab_size, device=self.fc.weight.device)
+
+
+def pack_cell(cell: EagleCell | FeatureCell) -> None:
+    """Pack the linear layers of ``cell``, in place: for inference on a CPU. Those with one input become one product."""
+    for module in list(cell.modules()):
+        if isinstance(module, _Attention):
+            module.qkv = module.qkv or _merged(module, "q_proj", "k_proj", "v_proj")
+        elif isinstance(module, _MLP):
+            module.gate_up = module.gate_up or _merged(module, "gate_proj", "up_proj")
+    pack(cell)
+
+
+def _merged(parent: nn.Module, *names: str) -> PackedLinear | None:
+    """One packed layer for all of ``names`` below ``parent``; None if one of them cannot be packed."""
+    fits = all(plain_weight(getattr(parent, name)) is not None for name in names)
+    return merged(parent, names) if fits else None

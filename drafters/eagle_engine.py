@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from specdec.attention import visibility
 from specdec.cache import RaggedCache
-from specdec.drafters.eagle_cell import EagleCell, FeatureCell
+from specdec.drafters.eagle_cell import EagleCell, FeatureCell, pack_cell
 from specdec.drafters.shipped import draft_dtype
+from specdec.grouped_attention import grouped_attention
 from specdec.interfaces import Row, Scores
-from specdec.packed_linear import is_packed, pack
+from specdec.packed_linear import is_packed
 from specdec.passes import Lines, Part, in_lockstep, mask_plan, pass_slots
 from specdec.target import PREFILL_CHUNK, CausalLM
 from specdec.tree import TokenTree
@@ -45,7 +46,7 @@ class EagleEngine:
         self.dtype = draft_dtype(target)
         self.cell = cell.to(target.device, self.dtype).eval()
         if is_packed(target.model):
-            pack(self.cell)
+            pack_cell(self.cell)
         self.layers: tuple[int, ...] = ()
         if isinstance(cell, EagleCell):
             self.layers = feature_layers(target.model.config.get_text_config().num_hidden_layers)
@@ -77,6 +78,7 @@ class EagleEngine:
         known = self._lines[row].length + sum(map(len, self._features[row]))
         return known > 0 and known == len(row.tokens) - 1
 
+    @torch.no_grad()
     def score(self, rows: Sequence[Row], trees: Sequence[TokenTree], num_scored: Sequence[int]) -> list[Scores]:
         """Draft logits (k, Vd) of the nodes behind the first ``num_scored`` ones of each tree, in one pass."""
         parts: list[Part] = []
@@ -85,7 +87,7 @@ class EagleEngine:
             line = self._lines[row]
             if done:
                 parents = torch.tensor(tree.parents[done:], device=self.target.device)
-                states.append(self._states[row][parents])
+                states.append(self._states[row].index_select(0, parents))
                 parts.append(Part(line, [], tree, done))
             else:
                 pending, fused = self._prefill(row)
@@ -117,7 +119,6 @@ class EagleEngine:
             del self._features[row]
             self._states.pop(row, None)
 
-    @torch.no_grad()
     def _prefill(self, row: Row) -> tuple[list[int], Tensor]:
         """Process what a long prompt has beyond one chunk; the pending tokens and states (p + 1, H) that are left."""
         line = self._lines[row]
@@ -131,34 +132,36 @@ class EagleEngine:
             pending, fused = pending[PREFILL_CHUNK:], fused[PREFILL_CHUNK:]
         return pending, fused
 
-    @torch.no_grad()
     def _logits(self, states: Tensor) -> Tensor:
         own = isinstance(self.cell, EagleCell)
         logits: Tensor = self._output(states if own else states.to(self.target.model.dtype))
         return logits
 
-    @torch.no_grad()
     def _forward(self, parts: Sequence[Part], states: Sequence[Tensor]) -> list[Tensor]:
         """The head's outputs at each part's new nodes, from ``states`` (p + k, H) at its new columns."""
         device = self.target.device
         columns = [part.new_tokens for part in parts]
         num_columns = max(map(len, columns))
-        padded = [[0] * (num_columns - len(c)) + c for c in columns]
+        padding = [num_columns - len(c) for c in columns]
+        padded = [[0] * pad + c for pad, c in zip(padding, columns, strict=True)]
         embeds = self._embed(torch.tensor(padded, device=device)).to(self.dtype)
-        padding = (nn.functional.pad(s, (0, 0, num_columns - len(s), 0)) for s in states)
+        before = [nn.functional.pad(s, (0, 0, pad, 0)) if pad else s for pad, s in zip(padding, states, strict=True)]
         is_plain = in_lockstep(parts)
+        is_dense = is_plain or len(parts) == 1  # a row alone fills its slots in order
         start = max(part.start for part in parts)
-        width = start + num_columns if is_plain else max(part.start + num_columns for part in parts)
-        slots = None if is_plain else pass_slots(parts, num_columns).to(device)
+        width = start + num_columns
+        slots = None if is_dense else pass_slots(parts, num_columns).to(device)
         self._cache.begin_pass(parts[0].line.index, start, width, slots)
-        plan = mask_plan(parts, num_columns, width, device)
-        mask = None if is_plain and num_columns == 1 else visibility(plan)[:, None]
+        if is_plain and num_columns == 1:  # each sees all of its row
+            positions, mask = torch.full((len(parts), 1), start, device=device), None
+        else:
+            plan = mask_plan(parts, num_columns, width, device)
+            positions, mask = plan.positions, visibility(plan)[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self._cache.layers[layer].update(k, v)
-            return nn.functional.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+            return grouped_attention(q, *self._cache.layers[layer].update(k, v), mask)
 
-        after: Tensor = self.cell(embeds, torch.stack(list(padding)), plan.positions, attend)
+        after: Tensor = self.cell(embeds, torch.stack(before), positions, attend)
         num_nodes = [len(part.tree) - part.num_scored if part.tree else 0 for part in parts]
         return [row[num_columns - count :] for row, count in zip(after, num_nodes, strict=True)]
 

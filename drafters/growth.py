@@ -203,7 +203,7 @@ class Growing:
         probs = ranking(logits, self.params, noise, self.level, self.vocab)
         counts = [self._num_children(node) for node in self.frontier]
         best = probs.topk(min(max(counts), probs.shape[-1]))
-        tokens = best.indices if self.vocab is None else self.vocab.ids[best.indices]
+        tokens = best.indices if self.vocab is None else self.vocab.ids.take(best.indices)
         grown = []
         for node, count, *children in zip(self.frontier, counts, tokens.tolist(), best.values.tolist(), strict=True):
             pairs = islice(zip(*children, strict=True), count)

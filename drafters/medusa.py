@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters.growth import Children, Shape, choose_children
-from specdec.drafters.medusa_heads import MedusaHeads, load_medusa
+from specdec.drafters.medusa_heads import MedusaHeads, load_medusa, pack_heads
 from specdec.drafters.ranking import DraftVocab, ranking
 from specdec.drafters.shapes import Path, StaticShape, Table, greedy_growth
 from specdec.drafters.shipped import draft_dtype, engine_of, find, kept, version
@@ -60,7 +60,7 @@ class MedusaDrafter:
         self.heads = self.heads.to(self.target.device, self._dtype).eval()
         self._output = kept(self.target, ("medusa output", self.heads), self._output_layer)
         if is_packed(self.target.model):
-            pack(self.heads)
+            pack_heads(self.heads)
         if self.heads.draft_vocab is not None:
             self._vocab = DraftVocab(self.heads.draft_vocab, self.target.vocab_size)
 
@@ -108,12 +108,17 @@ class MedusaDrafter:
 
     def _tree(self, row: Row, limit: Limit, logits: Tensor, params: SamplingParams, noise: Noise) -> TokenTree:
         """One row's tree from its ``logits`` (heads, Vd)."""
-        here = noise.at(row.key, len(row.tokens)) if self.children is Children.COUPLED else None
-        depth = min(limit.depth, self.heads.num_heads)
-        probs = torch.cat([ranking(logits[d : d + 1], params, here, d, self._vocab) for d in range(depth)])
+        logits = logits[: limit.depth]
+        depth = len(logits)
+        if self.children is Children.COUPLED and not params.is_greedy:
+            here = noise.at(row.key, len(row.tokens))
+            rows = torch.split(logits, 1)
+            probs = torch.cat([ranking(each, params, here, d, self._vocab) for d, each in enumerate(rows)])
+        else:
+            probs = ranking(logits, params, None, 0, self._vocab)
         width = 1 if limit.chain_only else min(self.top_k, probs.shape[-1])
         best = probs.topk(width)
-        tokens = (best.indices if self._vocab is None else self._vocab.ids[best.indices]).tolist()
+        tokens = (best.indices if self._vocab is None else self._vocab.ids.take(best.indices)).tolist()
         values = best.values.double()
         # Rounding may make a distribution sum to more than 1.
         table = (values / values.sum(-1, keepdim=True).clamp(min=1)).tolist()

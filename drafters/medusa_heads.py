@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from specdec.drafters.checkpoint_io import CONFIG, TensorFiles, check_tensors, check_vocab, read_json, save_tensors
 from specdec.drafters.shapes import StaticShape
 from specdec.errors import CheckpointError
+from specdec.packed_linear import PackedLinear, PackedSlice, pack, plain_weight
 
 WEIGHTS = "medusa_lm_head.safetensors"
 _NAMES = (WEIGHTS, "medusa_lm_head.pt")
@@ -70,6 +71,7 @@ class MedusaHeads(nn.Module):
         self.hidden_size, self.vocab_size, self.shares_output = hidden_size, vocab_size, shares_output
         self.register_buffer(_VOCAB, None if draft_vocab is None else draft_vocab.long())
         self.heads = nn.ModuleList(self._head() for _ in range(num_heads))
+        self.first: PackedLinear | None = None  # the first linear layers of all heads, where they are packed
         self.choices: tuple[tuple[int, ...], ...] = ()  # the static tree as paths of ranks, if one was measured
         self.accuracies: tuple[tuple[float, ...], ...] = ()  # (heads, ranks) how often each rank is the token
 
@@ -85,7 +87,12 @@ class MedusaHeads(nn.Module):
 
     def states(self, hidden: Tensor) -> Tensor:
         """The target's states (..., H) after each head's residual blocks: (heads, ..., H)."""
-        return torch.stack([_through(list(head.children())[: self.num_layers], hidden) for head in self.heads])
+        blocks = [list(head.children())[: self.num_layers] for head in self.heads]
+        if self.first is None:
+            return torch.stack([_through(each, hidden) for each in blocks])
+        inner = self.first(hidden).unflatten(-1, (self.num_heads, -1))
+        states = hidden.unsqueeze(-2) + nn.functional.silu(inner)
+        return torch.stack([_through(each[1:], x) for each, x in zip(blocks, states.unbind(-2), strict=True)])
 
     def forward(self, hidden: Tensor, output_weight: Tensor | None = None) -> Tensor:
         """Logits (heads, ..., Vd) at the target's states ``hidden`` (..., H).
@@ -94,7 +101,8 @@ class MedusaHeads(nn.Module):
         used, only if ``shares_output``.
         """
         if not self.shares_output:
-            return torch.stack([head(hidden) for head in self.heads])
+            outputs = [list(head.children())[-1] for head in self.heads]
+            return torch.stack([output(x) for output, x in zip(outputs, self.states(hidden), strict=True)])
         if output_weight is None:
             raise ValueError("these heads share the target's output matrix: pass output_weight")
         if self.draft_vocab is not None and output_weight.shape[0] == self.vocab_size:
@@ -112,6 +120,18 @@ def _through(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
     for block in blocks:
         x = block(x)
     return x
+
+
+def pack_heads(heads: MedusaHeads) -> None:
+    """Pack the linear layers of ``heads``, in place: for inference on a CPU. The first ones of all become one product."""
+    blocks: list[Any] = [next(head.children()) for head in heads.heads] if heads.num_layers else []
+    layers = [block.linear for block in blocks]
+    if layers and all(plain_weight(layer) is not None for layer in layers):
+        weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
+        heads.first = PackedLinear(torch.cat(weights), torch.cat(biases))
+        for i, block in enumerate(blocks):
+            block.linear = PackedSlice(heads.first, i * heads.hidden_size, heads.hidden_size)
+    pack(heads)
 
 
 def save_medusa(heads: MedusaHeads, path: str | Path, base: Mapping[str, Any] | None = None) -> None:

@@ -2,8 +2,8 @@
 
 transformers' own path copies keys and values once for each query head of a group wherever there is a mask, and
 PyTorch's kernel is slow for one query in 16 bits. Here the heads of a group share their keys: as rows of one query
-block where there are few queries, through the kernel's own grouping where there are many. Letters: B rows, h heads,
-G key-value heads, T queries, W slots, D head size.
+block where there are few queries, through the kernel's own grouping where there are many. A query that would be the
+only row of its block stands there twice. Letters: B rows, h heads, G key-value heads, T queries, W slots, D head size.
 """
 
 from __future__ import annotations
@@ -49,20 +49,36 @@ def attention_forward(
     groups, num_queries = query.shape[1] // key.shape[1], query.shape[2]
     shared_mask = attention_mask is None or (attention_mask.dim() == 4 and attention_mask.shape[1] == 1)
     sees_all = attention_mask is not None or num_queries == 1
-    if groups == 1 or not sees_all or not shared_mask or dropout or query.is_cuda or "position_bias" in kwargs:
+    is_known = sees_all and shared_mask and not (dropout or query.is_cuda or "position_bias" in kwargs)
+    if not is_known or (groups == 1 and not _is_slow(query)):
         arguments = (dropout, scaling, is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, *arguments, **kwargs)  # type: ignore[no-any-return]
-    if num_queries <= _FEW and (num_queries > 1 or query.dtype != torch.float32):
-        batch, heads, _, size = query.shape
-        rows = query.reshape(batch, key.shape[1], groups * num_queries, size)
-        mask = None if attention_mask is None else _repeated(attention_mask, groups, query.dtype)
-        out = nn.functional.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
-        out = out.reshape(batch, heads, num_queries, value.shape[-1])
-    else:
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, scale=scaling, enable_gqa=True
-        )
-    return out.transpose(1, 2).contiguous(), None
+    return grouped_attention(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+
+
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None
+) -> Tensor:
+    """(B, h, T, D) from ``query`` (B, h, T, D), ``key`` and ``value`` (B, G, W, D), ``mask`` (B, 1, T, W) or None.
+
+    Without a mask every query sees every slot.
+    """
+    batch, heads, num_queries, size = query.shape
+    groups = heads // key.shape[1]
+    is_block = groups > 1 and 1 < num_queries <= _FEW
+    if query.is_cuda or not (is_block or _is_slow(query)):
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    rows = query.reshape(batch, key.shape[1], groups * num_queries, size)
+    if rows.shape[2] == 1:
+        rows = rows.expand(-1, -1, 2, -1)
+    mask = None if mask is None else _repeated(mask, rows.shape[2] // num_queries, query.dtype)
+    out = nn.functional.scaled_dot_product_attention(rows, key, value, mask, scale=scaling)
+    return out[:, :, : groups * num_queries].reshape(batch, heads, num_queries, value.shape[-1])
+
+
+def _is_slow(query: Tensor) -> bool:
+    """Whether PyTorch's kernel takes longer than for two such queries: it does for one in 16 bits."""
+    return query.shape[2] == 1 and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def _repeated(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:

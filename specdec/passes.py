@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,16 +156,15 @@ def mask_plan(parts: Sequence[Part], num_columns: int, width: int, device: torch
         # A padding column sees slot 0, so that its softmax has something to sum.
         limits.append([1] * pad + [slot + 1 for slot in pending] + [base] * len(new_depths))
         positions.append([0] * pad + list(pending) + [base + d for d in new_depths])
-        block = torch.zeros(num_columns, len(node_depths), dtype=torch.bool)
+        block = np.zeros((num_columns, len(node_depths)), dtype=np.bool_)
         if part.tree:
-            block[num_columns - len(new_depths) :] = torch.from_numpy(part.tree.ancestors()[part.num_scored :])
-        blocks.append(block.to(device))
-        depths.append(torch.tensor(node_depths, dtype=torch.long, device=device))
-    bases = tuple(part.base for part in parts)
+            block[num_columns - len(new_depths) :] = part.tree.ancestors()[part.num_scored :]
+        blocks.append(torch.from_numpy(block).to(device))
+        depths.append(node_depths)
     return MaskPlan(
         torch.tensor(limits, device=device),
         torch.tensor(positions, device=device),
-        bases,
+        tuple(part.base for part in parts),
         tuple(blocks),
         tuple(depths),
         width,

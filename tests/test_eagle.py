@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 from trained import random_eagle, random_feature_cell, tiny_target
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specdec.budget import FixedBudget
 from specdec.decode import Decoder
-from specdec.drafters import eagle_engine, make_drafter
+from specdec.drafters import eagle_cell, eagle_engine, make_drafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.eagle_engine import EagleEngine, feature_layers
 from specdec.drafters.eagle_format import save_eagle
 from specdec.drafters.growth import Children, Shape
-from specdec.interfaces import DraftContext, Row, Scores
-from specdec.noise import PhiloxNoise
+from specdec.interfaces import DraftContext, Limit, Row, Scores
+from specdec.noise import Noise, PhiloxNoise
+from specdec.packed_linear import PackedLinear, is_packed, pack, packing_fault
 from specdec.policy import ParamsPolicy
 from specdec.sampling import GREEDY, SamplingParams
 from specdec.target import CausalLM
@@ -252,6 +254,147 @@ def test_a_batch_drafts_and_emits_what_single_rows_do(params: SamplingParams) ->
     together = texts(PROMPTS)
     assert texts(PROMPTS[:1]) == together[:1]
     assert texts(PROMPTS[:3]) == together[:3]
+
+
+class Recording(EagleDrafter):
+    """Keeps what it proposed for which tokens."""
+
+    def propose(
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+    ) -> list[TokenTree]:
+        trees = super().propose(rows, limits, params, noise)
+        self.seen.update(((row.key, *row.tokens), tree) for row, tree in zip(rows, trees, strict=True))
+        return trees
+
+
+@torch.no_grad()
+def calmed(cell: FeatureCell) -> FeatureCell:
+    """Weights so small that the target's logits for its states tell more than one token apart."""
+    for parameter in cell.parameters():
+        parameter.mul_(0.2)
+    return cell
+
+
+SIZE, LARGE_VOCAB = 128, 200  # layers large enough to be packed
+PACKED_CELLS: dict[str, Callable[[LlamaForCausalLM], Any]] = {
+    "eagle3": lambda model: random_eagle(model, list(range(0, LARGE_VOCAB, 2))),
+    "eagle3 biases, norm before residual": lambda model: random_eagle(
+        model, attention_bias=True, norm_before_residual=True
+    ),
+    "eagle1 two layers": lambda model: calmed(random_feature_cell(model, 2, fc_bias=True)),
+}
+needs_packing = pytest.mark.skipif(bool(packing_fault(torch.float32)), reason=packing_fault(torch.float32))
+
+
+def drafts(name: str, shape: Shape, packed: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Every tree of a run over ragged rows, two at a time, and the cell."""
+    model = tiny_target(LARGE_VOCAB, size=SIZE, dtype=dtype)
+    cell = PACKED_CELLS[name](model)
+    if packed:
+        pack(model)
+    drafter = Recording(EagleEngine(cell, CausalLM(model)), shape)
+    drafter.seen = {}
+    run(drafter, [[token * 7 for token in prompt] for prompt in PROMPTS], 9, max_rows=2)
+    return drafter.seen, cell
+
+
+def agree(found: dict[Any, TokenTree], expected: dict[Any, TokenTree]) -> bool:
+    return found.keys() == expected.keys() and all(
+        tree.parents == expected[key].parents
+        and tree.tokens == expected[key].tokens
+        and tree.estimates == pytest.approx(expected[key].estimates, rel=1e-3)
+        for key, tree in found.items()
+    )
+
+
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads beside a packed float32 target would run in bfloat16 where the processor has it."""
+    monkeypatch.setattr(eagle_engine, "draft_dtype", lambda target: target.model.dtype)
+
+
+@needs_packing
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("shape", [BEST_FIRST, Shape((1, 1, 1)), Shape((3, 2))], ids=["best-first", "chain", "3x2"])
+@pytest.mark.parametrize("name", PACKED_CELLS)
+def test_a_packed_head_drafts_what_the_plain_one_does(name: str, shape: Shape) -> None:
+    plain, cell = drafts(name, shape, packed=False)
+    assert not is_packed(cell)
+    packed, cell = drafts(name, shape, packed=True)
+    layer = cell.midlayer if isinstance(cell, EagleCell) else cell.layers[0]
+    assert isinstance(layer.self_attn.qkv, PackedLinear)
+    assert isinstance(layer.mlp.gate_up, PackedLinear)
+    assert sum(len(tree) > 2 for tree in plain.values()) > 20
+    assert agree(packed, plain)
+
+
+@needs_packing
+@pytest.mark.usefixtures("in_float32")
+def test_that_comparison_sees_products_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = eagle_cell.merged
+    monkeypatch.setattr(eagle_cell, "merged", lambda parent, names: merged(parent, names[::-1]))
+    plain, packed = (drafts("eagle3", BEST_FIRST, packed)[0] for packed in (False, True))
+    assert not agree(packed, plain)
+
+
+@pytest.mark.skipif(bool(packing_fault(torch.bfloat16)), reason=packing_fault(torch.bfloat16))
+@torch.no_grad()
+def test_in_16_bits_a_packed_head_is_as_near_to_the_truth_as_the_plain_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeds, states = torch.randn(2, 3, 4, SIZE, generator=generator).bfloat16()
+    positions = torch.arange(4).expand(3, -1)
+    model = tiny_target(LARGE_VOCAB, size=SIZE)
+
+    def logits(dtype: torch.dtype, packed: bool) -> Tensor:
+        cell = random_eagle(model).bfloat16().to(dtype)
+        if packed:
+            eagle_cell.pack_cell(cell)
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        return cell.logits(cell(embeds.to(dtype), states.to(dtype), positions, attend)).double()
+
+    truth = logits(torch.float64, packed=False)
+    plain, packed = ((logits(torch.bfloat16, p) - truth).square().mean().sqrt() for p in (False, True))
+    assert float(packed) < 1.2 * float(plain)
+
+
+def test_layers_too_small_to_be_packed_stay_as_they_are() -> None:
+    cell = random_eagle(tiny_target(VOCAB))
+    keys = list(cell.state_dict())
+    eagle_cell.pack_cell(cell)
+    assert not is_packed(cell)
+    assert list(cell.state_dict()) == keys
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope", ROPES)
+def test_positions_turn_queries_and_keys_as_in_transformers(rope: str, dtype: torch.dtype) -> None:
+    """To the last bit: heads were trained with transformers' own."""
+    cell = random_eagle(tiny_target(VOCAB), rope_parameters=ROPES[rope]).to(dtype)
+    attention = cell.midlayer.self_attn
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 7, attention.q_proj.in_features, generator=generator).to(dtype)
+    positions = torch.randint(4096, (2, 7), generator=generator)
+    q, k, v = (
+        layer(x).view(2, 7, -1, attention.head_dim).transpose(1, 2)
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    cos, sin = LlamaRotaryEmbedding(cell.config.llama())(x, positions)
+    expected = (*apply_rotary_pos_emb(q, k, cos, sin), v)
+    for found, tensor in zip(attention.project(x, *cell.rotary(positions, dtype)), expected, strict=True):
+        assert torch.equal(found, tensor)
 
 
 def test_features_are_those_of_the_paper() -> None:

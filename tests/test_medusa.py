@@ -13,10 +13,11 @@ from transformers import LlamaForCausalLM
 
 from specdec.budget import FixedBudget
 from specdec.decode import Decoder
-from specdec.drafters import shipped
+from specdec.drafters import medusa, shipped
 from specdec.drafters.growth import Children
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.medusa_heads import save_medusa
+from specdec.drafters.ranking import ranking
 from specdec.drafters.shipped import mismatch, target_facts
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Limit, Row
@@ -141,18 +142,35 @@ def test_coupled_candidates_follow_the_verifiers_noise() -> None:
 
 
 @pytest.mark.skipif(bool(packing_fault(torch.float32)), reason=packing_fault(torch.float32))
+@pytest.mark.parametrize("in_float32", [True, False])
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("vocab", [None, list(range(0, 200, 2))], ids=["full", "reduced"])
-def test_heads_of_an_accelerated_target_are_packed_and_say_the_same(vocab: list[int] | None) -> None:
+def test_heads_of_an_accelerated_target_are_packed_and_say_the_same(
+    vocab: list[int] | None, num_layers: int, shares: bool, in_float32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_float32:  # beside a packed float32 target heads run in bfloat16 where the processor has it
+        monkeypatch.setattr(medusa, "draft_dtype", lambda target: target.model.dtype)
     model = tiny_target(200, size=128)
-    plain = MedusaDrafter(random_medusa(model, vocab), CausalLM(model))
+    plain = MedusaDrafter(random_medusa(model, vocab, shares, num_layers=num_layers), CausalLM(model))
     hidden = torch.randn(3, 128)
     expected = plain._logits(hidden)
+    assert not is_packed(plain.heads)
     pack(model)
-    packed = MedusaDrafter(random_medusa(model, vocab), CausalLM(model))
-    assert is_packed(packed.heads)
-    # Beside a packed float32 target heads run in bfloat16 where the processor has it.
-    tolerance = 1e-3 if packed._dtype is torch.float32 else 0.02 * float(expected.abs().max())
-    torch.testing.assert_close(packed._logits(hidden).float(), expected, atol=tolerance, rtol=1e-3)
+    packed = MedusaDrafter(random_medusa(model, vocab, shares, num_layers=num_layers), CausalLM(model))
+    assert packed.heads.first is not None
+    tolerance = 1e-5 if packed._dtype is torch.float32 else 0.02
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(packed._logits(hidden).float(), expected, atol=tolerance * scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(0.7, 5, 0.9)], ids=str)
+def test_heads_that_share_no_noise_rank_their_tokens_at_once(params: SamplingParams) -> None:
+    """All heads in one go, and each by itself as with noise."""
+    heads = random_medusa(tiny_target(VOCAB))
+    logits = heads(torch.randn(32), torch.randn(VOCAB, 32))
+    each = torch.cat([ranking(row, params, None, depth) for depth, row in enumerate(logits.split(1))])
+    torch.testing.assert_close(ranking(logits, params, None, 0), each)
 
 
 def test_the_shipped_heads_are_found_for_their_target_and_for_no_other(

@@ -52,8 +52,12 @@ def random_feature_cell(model: LlamaForCausalLM, layers: int = 1, fc_bias: bool 
 
 
 def random_medusa(
-    model: LlamaForCausalLM, draft_vocab: list[int] | None = None, shares_output: bool = True, num_heads: int = 3
+    model: LlamaForCausalLM,
+    draft_vocab: list[int] | None = None,
+    shares_output: bool = True,
+    num_heads: int = 3,
+    num_layers: int = 1,
 ) -> MedusaHeads:
     ids = torch.tensor(draft_vocab) if draft_vocab else None
     config = model.config
-    return randomized(MedusaHeads(num_heads, 1, config.hidden_size, config.vocab_size, ids, shares_output))
+    return randomized(MedusaHeads(num_heads, num_layers, config.hidden_size, config.vocab_size, ids, shares_output))
