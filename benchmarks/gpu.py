@@ -27,6 +27,7 @@ from gpu_sections.shapes import SHAPES
 from gpu_sections.steps import steps
 from gpu_sections.text import end_to_end
 from gpu_sections.timing import Run
+from gpu_sections.verdicts import verdicts
 
 from specdec.files import write_json
 from specdec.kernels import simulator
@@ -37,6 +38,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "tests": tests,
     "attention": attentions,
     "steps": steps,
+    "verdicts": verdicts,
     "model": model_steps,
     "captured": captured_passes,
     "end_to_end": end_to_end,

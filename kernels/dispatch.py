@@ -57,6 +57,17 @@ def choose(op: str, device: torch.device, unsupported: str = "") -> Backend | No
     return None if reason else gpu.CupyBackend(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def is_wanted(op: str, device: torch.device) -> bool:
+    """Whether ``op`` should do what can be done without it, too: a backend was asked for by name, and runs it.
+
+    Not yet by itself where kernels can run: no GPU has seen it (docs/gpu-todo.md).
+
+    Raises:
+        KernelUnavailableError: a backend was asked for by name and cannot run.
+    """
+    return mode() == "torch" or (mode() != "auto" and choose(op, device) is not None)
+
+
 def _sim_unavailable(device: torch.device) -> str:
     return simulator.unavailable() if device.type == "cpu" else f"the tensors are on {device}, not on the CPU"
 

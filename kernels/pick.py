@@ -34,7 +34,7 @@ class PickedRows:
     """What ``pick_rows`` found; p(v) = exp(logit(v) / T - lse) for the tokens that are kept, else 0.
 
     Kept are values above the bound, and of those equal to it the token ids up to ``lasts``. A row that allows nothing
-    has token -1 and lse -inf; one with NaN has lse NaN.
+    has token -1 and lse -inf; one with NaN or +inf has an lse that is not finite, and any token.
     """
 
     tokens: Tensor  # (R,) int64
@@ -176,7 +176,7 @@ def is_kept(raw: Tensor, bounds: Tensor | None, lasts: Tensor | None) -> Tensor:
     if bounds is None or lasts is None:
         return torch.ones_like(raw, dtype=torch.bool)
     bound = bounds[:, None].double()
-    return (raw > bound) | ((raw == bound) & (_ids(raw) <= lasts[:, None]))
+    return ~(raw < bound) & ((raw != bound) | (_ids(raw) <= lasts[:, None]))  # NaN stays, for the caller to see
 
 
 def _bounds(raw: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:

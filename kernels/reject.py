@@ -214,4 +214,6 @@ class _RowWalk:
         words = step_words(self.noise, self.row, RESIDUAL, depth, 0)
         uniform = (words[0] * 2.0**32 + words[1] + 0.5) * 2.0**-64
         reached = left.cumsum(-1)
-        return int(torch.searchsorted(reached, uniform * reached[-1], right=True))
+        token = int(torch.searchsorted(reached, uniform * reached[-1], right=True))
+        # Rounding may lead past the end, or onto the last token that has any mass.
+        return token if token < len(left) and left[token] > 0 else int(left.nonzero()[-1])

@@ -13,6 +13,7 @@ from itertools import islice
 
 from specdec.budget import Budget, FixedBudget
 from specdec.defaults import DEFAULT_MAX_NODES
+from specdec.device_verdicts import verdicts_on_device
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetProbs, Verdict, Verifier
 from specdec.noise import Noise
 from specdec.policy import Policy
@@ -79,10 +80,7 @@ class Decoder:
         scores = self.target.score(rows, trees)
         scored = self.clock()
         probs = [self.policy.target_probs(*each) for each in zip(rows, trees, scores, strict=True)]
-        verdicts = [
-            self.verifier.verify(tree, p, self.noise.at(row.key, len(row.tokens)))
-            for row, tree, p in zip(rows, trees, probs, strict=True)
-        ]
+        verdicts = self._verdicts(rows, trees, scores, probs)
         self.target.commit(rows, [verdict.nodes for verdict in verdicts])
         finished = [self._emit(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
         verified = self.clock()
@@ -93,6 +91,18 @@ class Decoder:
         return [
             Emission(_record(row, tree, verdict, len(rows), shares, done), row, tree, p, score)
             for row, tree, verdict, done, p, score in zip(rows, trees, verdicts, finished, probs, scores, strict=True)
+        ]
+
+    def _verdicts(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], scores: Sequence[Scores], probs: Sequence[TargetProbs]
+    ) -> list[Verdict]:
+        """All rows at once on a device where that is possible, else one after another."""
+        decided = verdicts_on_device(self.verifier, self.policy, self.noise, rows, trees, scores)
+        if decided is not None:
+            return decided
+        return [
+            self.verifier.verify(tree, p, self.noise.at(row.key, len(row.tokens)))
+            for row, tree, p in zip(rows, trees, probs, strict=True)
         ]
 
     def _emit(self, row: Row, verdict: Verdict) -> bool:

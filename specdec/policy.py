@@ -155,11 +155,16 @@ class LazyProbs:
 
     def _check(self, node: int, value: float) -> None:
         if not abs(value) < float("inf"):  # NaN too
-            position = len(self.row.tokens) + len(self.tree.path_tokens(node))
-            raise NonFiniteLogitsError(
-                f"cannot pick a token: the logits for position {position} of row {self.row.key} hold NaN or infinity, "
-                "or every token is excluded (try float32, or check the model's weights and the logits processors)"
-            )
+            raise non_finite_logits(self.row, self.tree, node)
+
+
+def non_finite_logits(row: Row, tree: TokenTree, node: int) -> NonFiniteLogitsError:
+    """The error that no token can be picked after ``node``."""
+    position = len(row.tokens) + len(tree.path_tokens(node))
+    return NonFiniteLogitsError(
+        f"cannot pick a token: the logits for position {position} of row {row.key} hold NaN or infinity, or every "
+        "token is excluded (try float32, or check the model's weights and the logits processors)"
+    )
 
 
 def best_tokens(logits: Tensor) -> list[tuple[int, float]]:

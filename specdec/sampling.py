@@ -42,9 +42,9 @@ GREEDY = SamplingParams(temperature=0.0)
 def sampling_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     """The distribution (V,) that ``generate()`` samples from, for raw ``logits`` (V,): float32, or float64 if they are.
 
-    Same order and tie rules as transformers' warpers (temperature, top-k, top-p, min-p), but what top-k drops is
-    never sorted: of equal logits at the border of top-p another one may stay than there, where the sort is not stable.
-    Temperature 0 puts all mass on the first largest logit.
+    Same order as transformers' warpers (temperature, top-k, top-p, min-p), and as many tokens stay, but what top-k
+    drops is never sorted. Of equal logits at the border of top-p the lowest token ids stay, as in ``pick_rows``; there
+    any may, because the sort is not stable. Temperature 0 puts all mass on the first largest logit.
     """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if params.is_greedy:
@@ -69,8 +69,12 @@ def sampling_probs(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _top_p(scores: Tensor, top_p: float) -> Tensor:
-    """Nucleus filtering (Holtzman et al., 2019) of ``scores`` (k,), as in TopPLogitsWarper."""
-    ascending, order = scores.sort()
-    dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    dropped[-1] = False
-    return scores.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), float("-inf"))
+    """Nucleus filtering (Holtzman et al., 2019) of ``scores`` (k,), as in TopPLogitsWarper but for equal scores."""
+    ascending = scores.sort().values
+    num_dropped = int((ascending.softmax(-1).cumsum(-1)[:-1] <= 1 - top_p).sum())
+    border = ascending[num_dropped]
+    dropped = scores < border
+    num_tied = num_dropped - int(dropped.sum())
+    if num_tied > 0:
+        dropped[(scores == border).nonzero().squeeze(-1)[-num_tied:]] = True
+    return scores.masked_fill(dropped, float("-inf"))

@@ -34,7 +34,10 @@ def script() -> Iterator[ModuleType]:
     sys.path.remove(str(SCRIPT.parent))
 
 
-@pytest.mark.parametrize("section", ["ceilings", "tests", "attention", "steps", "model", "captured", "end_to_end"])
+SECTIONS = ["ceilings", "tests", "attention", "steps", "verdicts", "model", "captured", "end_to_end"]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.usefixtures("simulated")
 def test_a_section_runs_dry(
     section: str, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -45,12 +48,13 @@ def test_a_section_runs_dry(
     assert not [row for row in rows if "Error" in row.get("noted", "")]
     assert all(row["status"] == 0 for row in rows if "status" in row)
     assert all(row["match"] for row in rows if "match" in row)
+    assert all(row["rows_that_differ"] == 0 for row in rows if "rows_that_differ" in row)
     assert all(row["replays"] > row["recordings"] > 0 for row in rows if "recordings" in row)
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
 def test_all_sections_are_tried(script: ModuleType) -> None:
-    assert list(script.SECTIONS) == ["ceilings", "tests", "attention", "steps", "model", "captured", "end_to_end"]
+    assert list(script.SECTIONS) == SECTIONS
 
 
 def test_the_cascade_is_attention(script: ModuleType) -> None:

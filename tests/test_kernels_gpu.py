@@ -15,11 +15,17 @@ import pytest
 import torch
 from kernel_cases import kernel_cache, noise_keys, simulated  # noqa: F401
 from kernel_probes import PROBES
+from test_device_verdicts import NOISE, PARAMS, on_host, some_pass
 
+from specdec.device_verdicts import TreeBatch, decide, verdicts_on_device
+from specdec.interfaces import Verifier
 from specdec.kernels import gpu
 from specdec.kernels.commit import KVBuffers, commit_kv
 from specdec.kernels.pick import Filters, pick_rows
 from specdec.kernels.walk import walk_tree
+from specdec.policy import ParamsPolicy
+from specdec.sampling import GREEDY, SamplingParams
+from specdec.verifiers import make_verifier
 
 OPS = ("pick_rows", "walk_tree", "reject_tree", "top_children", "build_tree", "lookup_ngram", "tree_attention")
 REASON = gpu.device_unavailable(torch.device("cuda")) if torch.cuda.is_available() else "torch sees no CUDA device"
@@ -100,3 +106,32 @@ def test_a_captured_step_replays_with_other_numbers(device: str, monkeypatch: py
         noise.positions.add_(7)
         graph.replay()
         assert captured.tokens.tolist() == step().tokens.tolist()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu), "cpu"])
+@pytest.mark.parametrize("params", [GREEDY, *PARAMS], ids=str)
+@pytest.mark.parametrize("name", ["match", "rejection"])
+def test_a_pass_is_decided_as_on_the_host_and_without_waiting(
+    name: str, params: SamplingParams, device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """On a GPU torch itself raises for whatever waits before the verdicts are read."""
+    if device == "cpu":
+        request.getfixturevalue("simulated")
+    else:
+        monkeypatch.setenv("SPECDEC_KERNELS", "cupy")
+    given, policy = some_pass(5, True), ParamsPolicy(params)
+    verifier: Verifier = make_verifier(name)
+    expected = on_host(verifier, policy, given)
+    trees, scores = ([moved(each, device) for each in some] for some in (given.trees, given.scores))
+    found = verdicts_on_device(verifier, policy, NOISE, given.rows, trees, scores)
+    assert found is not None
+    assert all(got == verdict or margin < 1e-5 for got, (verdict, margin) in zip(found, expected, strict=True))
+    rule = TreeBatch.reject if name == "rejection" and not params.is_greedy else TreeBatch.follow
+    try:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        decided = decide(rule, TreeBatch.of(given.rows, trees, scores, params, NOISE.seed))
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert [len(verdict.nodes) for verdict in found] == (decided[:, 0] >= 0).sum(1).tolist()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specdec.device_verdicts import BatchRule, TreeBatch
 from specdec.interfaces import TargetProbs, Verdict
 from specdec.noise import RowNoise
+from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
 from specdec.verifiers.walk import follow
 
@@ -25,6 +27,9 @@ class MatchVerifier:
     chain_only: bool = False
     is_coupled: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
+
+    def batch_rule(self, params: SamplingParams) -> BatchRule:
+        return TreeBatch.follow
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         if target.is_greedy:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from specdec.device_verdicts import BatchRule, TreeBatch
 from specdec.interfaces import TargetProbs, Verdict
 from specdec.noise import RowNoise, Stream
+from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
 from specdec.verifiers.residual import DraftLeft, acceptance, normalised, subtract
 from specdec.verifiers.walk import check_draws, follow
@@ -31,6 +33,9 @@ class RejectionVerifier:
     chain_only: bool = False
     is_coupled: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
+
+    def batch_rule(self, params: SamplingParams) -> BatchRule:
+        return TreeBatch.follow if params.is_greedy else TreeBatch.reject
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         check_draws(self, tree)

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kFilterThreads, 2)
         [&](Weight) { return static_cast<Weight>(top_k); });
     bound = key_value(key);
   }
-  if (top_p < 1.0f && largest > -INFINITY) {
+  if (top_p < 1.0f && fabsf(largest) < INFINITY) {  // +inf has no mass to share; it stays, for the caller to see
     const uint64_t key = select_key(
         row, selection, 7,
         [&](float value) {
