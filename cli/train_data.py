@@ -63,16 +63,18 @@ class Source:
     def prepare(self, model: Any, tokenizer: Any, *, needs_layers: bool) -> tuple[FeatureStore, list[Conversation]]:
         """Make what is missing of the text and its features; ``needs_layers``: EAGLE's, which small targets lack."""
         from specdec.drafters.eagle_engine import feature_layers
-        from specdec.drafters.training.features import FeatureStore
+        from specdec.drafters.training.features import SHARD, FeatureStore
 
         num_layers = model.config.get_text_config().num_hidden_layers
         layers = feature_layers(num_layers) if needs_layers or num_layers > 2 else ()
         texts = self._write(model, tokenizer)
         store = FeatureStore(self._folder / "features", layers)
+        whole_shards = texts[: len(texts) // SHARD * SHARD]
+        total = sum(min(len(text.tokens), store.max_length) for text in whole_shards)
         progress, done = Progress("features, tokens"), 0
         for size in store.build(model, texts):
             done += size
-            progress.show(done, sum(len(text.tokens) for text in texts))
+            progress.show(done, total)
         return store, texts
 
     def _write(self, model: Any, tokenizer: Any) -> list[Conversation]:
@@ -105,8 +107,8 @@ class Source:
             check_prompt(engine, chat.prompt(question), settings.max_answer_tokens, what)
         rule, ends = make_verifier("match"), eos_ids(model)
         generator = Generator(engine, rule, ends, chat, settings, openers, questions, self.batch_size)
-        progress, first, tokens = Progress("conversations"), len(folder.read()), 0
-        for number, text in enumerate(generator.run(folder), start=first + 1):
+        progress, done, tokens = Progress("conversations"), settings.count - len(folder.missing()), 0
+        for number, text in enumerate(generator.run(folder), start=done + 1):
             tokens += text.num_answer
             progress.show(number, settings.count, f"{tokens} answer tokens")
 

@@ -261,11 +261,12 @@ def _top(scores: Sequence[Scores], num: int) -> tuple[NDArray[np.int32], NDArray
     if logits[0].is_cuda:  # one launch for all rows; on the host a copy of all logits would cost more than it saves
         logits = [torch.cat(logits)]
     best = [each.topk(num) for each in logits]
-    values = torch.cat([each.values for each in best]).float()
-    sums = torch.cat([each.float().logsumexp(-1, keepdim=True) for each in logits])
-    found: Tensor = torch.cat([each.indices for each in best]).masked_fill(~values.isfinite(), -1)
-    bounds = torch.from_numpy(BOUNDS).flip(0).to(values.device)
-    classes = len(BOUNDS) - torch.bucketize((values - sums).exp(), bounds)
+    is_allowed = torch.cat([each.values.isfinite() for each in best])
+    found: Tensor = torch.cat([each.indices for each in best]).masked_fill(~is_allowed, -1)
+    # A softmax takes half the time of a log-sum-exp.
+    probs = torch.cat([each.softmax(-1).gather(-1, top.indices) for each, top in zip(logits, best, strict=True)])
+    bounds = torch.from_numpy(BOUNDS).flip(0).to(probs.device)
+    classes = len(BOUNDS) - torch.bucketize(probs.float(), bounds)
     return found.to("cpu", torch.int32).numpy(), classes.to("cpu", torch.uint8).numpy()
 
 

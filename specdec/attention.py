@@ -28,25 +28,29 @@ class MaskPlan:
     positions: Tensor  # (B, T) position of each column
     bases: tuple[int, ...]  # (B,) the slot of each row's root; node i stands in slot base + i
     blocks: tuple[Tensor, ...]  # (B,) of (T, n): which nodes each column sees
-    depths: tuple[Tensor, ...]  # (B,) of (n,)
+    depths: tuple[Sequence[int], ...]  # (B,) of (n,)
     width: int  # W
     kept: tuple[int, ...]  # (B,) slots that every real column of a row sees
 
 
 def visibility(plan: MaskPlan) -> Tensor:
     """(B, T, W) bool: which slots each column sees, windows left aside."""
-    slots = torch.arange(plan.width, device=plan.limits.device)
-    visible = slots < plan.limits[:, :, None]
-    for row, (base, block) in enumerate(zip(plan.bases, plan.blocks, strict=True)):
+    limits: Any = plan.limits
+    blocks: Sequence[Any] = plan.blocks
+    slots: Any = torch.arange(plan.width, device=limits.device)
+    if limits.device.type == "cpu":  # NumPy's operators start sooner
+        slots, limits, blocks = slots.numpy(), limits.numpy(), [block.numpy() for block in blocks]
+    visible = slots < limits[:, :, None]
+    for row, (base, block) in enumerate(zip(plan.bases, blocks, strict=True)):
         visible[row, :, base : base + block.shape[1]] |= block
-    return visible
+    return torch.as_tensor(visible)
 
 
 def slot_positions(plan: MaskPlan) -> Tensor:
     """(B, W) the position of what each slot holds."""
     positions = torch.arange(plan.width, device=plan.limits.device).repeat(len(plan.bases), 1)
     for row, (base, depths) in enumerate(zip(plan.bases, plan.depths, strict=True)):
-        positions[row, base : base + len(depths)] = base + depths
+        positions[row, base : base + len(depths)] = base + torch.as_tensor(depths, device=positions.device)
     return positions
 
 
@@ -131,18 +135,20 @@ class MaskStyle:
         return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[:, None]
 
 
-def mask_style(config: Any, implementation: str, dtype: torch.dtype, module: ModuleType) -> MaskStyle | str:
+def mask_style(
+    config: Any, implementation: str, dtype: torch.dtype, module: ModuleType, by_layer_type: bool
+) -> MaskStyle | str:
     """The masks for a model, or a sentence that says why 4D masks cannot express its attention.
 
     ``config`` is that of the text model and ``module`` the one that defines it: a window in the config of a model
-    whose code makes no windows (many Llama checkpoints hold one) is not used.
+    whose code makes no windows (many Llama checkpoints hold one) is not used. ``by_layer_type``: its code takes a mask
+    for each type of layer in the config.
     """
     if implementation not in MASKED_IMPLEMENTATIONS:
         return f"attention implementation {implementation!r} takes no 4D mask (load it with attn_implementation='sdpa')"
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    layer_types: Sequence[str] | None = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        kinds = tuple(sorted(set(layer_types)))
+    if by_layer_type:
+        kinds = tuple(sorted(set(config.layer_types)))
     elif window and hasattr(module, "create_sliding_window_causal_mask"):
         kinds = (SLIDING,)
     elif chunk and hasattr(module, "create_chunked_causal_mask"):
@@ -158,7 +164,7 @@ def mask_style(config: Any, implementation: str, dtype: torch.dtype, module: Mod
         return f"layer types {', '.join(kinds)} without a window or chunk size in the config"
     return MaskStyle(
         kinds,
-        layer_types is not None,
+        by_layer_type,
         implementation == "eager",
         dtype,
         window or 0,

@@ -74,6 +74,8 @@ class FixedBudget:
 class PassCosts:
     """Seconds of a pass by (rows, columns): medians of recent ones, never falling with size, interpolated between.
 
+    Threads that run one model share its costs: one may add a size while another one looks.
+
     Args:
         slope: what one more column costs, as a share of a one-column pass, where nothing larger was seen.
     """
@@ -107,13 +109,13 @@ class PassCosts:
         sizes = self._nearest(num_rows)
         if not sizes:
             return [1.0 + self.slope * n for n in range(max_columns)]
-        known = _rising([(n, median(times), len(times)) for n, times in sorted(sizes.items())])
+        known = _rising([(n, median(times), len(times)) for n, times in sorted(sizes.items()) if times])
         return [self._at(known, n) for n in range(1, max_columns + 1)]
 
     def _nearest(self, num_rows: int) -> dict[int, deque[float]]:
         if not self._recent:
             return {}
-        return self._recent[min(self._recent, key=lambda rows: abs(rows - num_rows))]
+        return self._recent[min(tuple(self._recent), key=lambda rows: abs(rows - num_rows))]
 
     def _at(self, known: list[tuple[int, float]], columns: int) -> float:
         place = bisect_right(known, columns, key=lambda pair: pair[0])

@@ -57,7 +57,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         # Zeros, not empty: a masked slot has weight 0, and 0 * NaN would still be NaN.
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            t.new_zeros(self.num_rows, t.shape[1], _rounded(self.current.width), t.shape[3])
+            _zeros(t, self.num_rows, t.shape[1], _rounded(self.current.width), t.shape[3])
             for t in (key_states, value_states)
         )
         self.is_initialized = True
@@ -68,6 +68,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         else:
             self.grow()
+            self.keys, self.values = _widened(self.keys, key_states), _widened(self.values, value_states)
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def grow(self) -> None:
@@ -89,7 +90,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _grown(self, buffer: Tensor) -> Tensor:
         rows, heads, capacity, size = buffer.shape
         wanted = capacity if self.current.width <= capacity else _rounded(max(self.current.width, capacity * 3 // 2))
-        grown = buffer.new_zeros(max(rows, self.num_rows), heads, wanted, size)
+        grown = _zeros(buffer, max(rows, self.num_rows), heads, wanted, size)
         grown[:rows, :, :capacity] = buffer
         return grown
 
@@ -175,6 +176,20 @@ class RaggedCache:
             if layer.is_initialized:
                 for buffer in (layer.keys, layer.values):
                     buffer[target, :, :length] = buffer[source, :, :length]
+
+
+def _widened(buffer: Tensor, states: Tensor) -> Tensor:
+    """``buffer`` in a dtype that holds ``states`` too: a first pass under autocast may have had a narrower one."""
+    if buffer.dtype == states.dtype:
+        return buffer
+    with torch.inference_mode(False):
+        return buffer.to(torch.promote_types(buffer.dtype, states.dtype))
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Of the dtype and device of ``like``; later passes may write to them in inference mode and outside."""
+    with torch.inference_mode(False):
+        return like.new_zeros(shape)
 
 
 def _rounded(slots: int) -> int:

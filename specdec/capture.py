@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Lock, get_ident
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from specdec.interfaces import Scores
+
+_HOOKING = Lock()  # torch numbers hooks without one: two threads could get the same number and lose a hook
 
 
 @dataclass(slots=True)
@@ -31,6 +34,7 @@ class Captured:
 class Capture:
     """Context manager around one forward of ``model``; does nothing if nothing is asked for.
 
+    It sees what the thread that entered it runs: threads may share a model, each with a Capture of its own.
     ``hidden`` is the input of the output matrix (after the final norm); ``layers`` are indices into what transformers
     calls ``hidden_states``: 0 is the embeddings, i the input of layer i.
     """
@@ -41,6 +45,7 @@ class Capture:
     needs_all_logits: bool = field(init=False)  # hidden states are only seen where a column's logits are computed
     _seen: dict[int, Tensor] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
+    _thread: int = 0
 
     def __post_init__(self) -> None:
         head = self.model.get_output_embeddings()
@@ -71,18 +76,16 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._seen.clear()
-        if self.hidden:
-            if self.needs_all_logits:
-                head = self.model.get_output_embeddings()
-                self._handles.append(
-                    head.register_forward_pre_hook(lambda _, args: self._seen.__setitem__(-1, args[0]))
-                )
-            else:
+        self._thread = get_ident()
+        blocks: Any = decoder_layers(self.model) if self.layers else []
+        inputs = {i: blocks[i] for i in self.layers}
+        if self.needs_all_logits:
+            inputs[-1] = self.model.get_output_embeddings()
+        with _HOOKING:
+            for key, module in inputs.items():
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(key), with_kwargs=True))
+            if self.hidden and not self.needs_all_logits:
                 self._handles.append(self.model.get_decoder().register_forward_hook(self._see_last))
-        if self.layers:
-            blocks = decoder_layers(self.model)
-            for i in self.layers:
-                self._handles.append(blocks[i].register_forward_pre_hook(self._layer_hook(i), with_kwargs=True))
         return self
 
     def __exit__(
@@ -102,11 +105,14 @@ class Capture:
         return Captured(hidden, features)
 
     def _see_last(self, _: nn.Module, __: Any, output: Any) -> None:
-        self._seen[-1] = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        if get_ident() == self._thread:
+            self._seen[-1] = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
-    def _layer_hook(self, index: int) -> Any:
-        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._seen[index] = args[0] if args else kwargs["hidden_states"]
+    def _input_hook(self, key: int) -> Any:
+        # While this thread comes or goes, torch may call a hook without keywords in another one.
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if get_ident() == self._thread:
+                self._seen[key] = args[0] if args else (kwargs or {})["hidden_states"]
 
         return see
 

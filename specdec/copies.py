@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+_MAKING = threading.RLock()  # two threads must not both make the copy that one of them throws away
 Copies = WeakKeyDictionary[Any, tuple[Any, Any]]  # model -> (its state when the copy was made, the copy)
 
 
@@ -17,18 +19,19 @@ def sharing_copy(model: Any) -> Any:
 
 
 def kept_copy(copies: Copies, model: Any, make: Callable[[Any], Any]) -> Any:
-    """``make(model)`` as kept in ``copies``, made anew when weights, hooks or the mode (training or not) have changed.
+    """``make(model)`` as kept in ``copies``, made anew when weights, hooks, mode (training or not) or attention change.
 
     What is written through a weight's ``.data`` is not seen.
     """
-    state = _state(model)
-    known, ours = copies.get(model, (None, None))
-    if known != state:
-        ours = make(model)
-        if ours is model:  # an entry that held its own key would never go
-            return model
-        copies[model] = (state, ours)
-    return ours
+    with _MAKING:
+        state = _state(model)
+        known, ours = copies.get(model, (None, None))
+        if known != state:
+            ours = make(model)
+            if ours is model:  # an entry that held its own key would never go
+                return model
+            copies[model] = (state, ours)
+        return ours
 
 
 def _state(model: Any) -> tuple[Any, ...]:
@@ -37,4 +40,4 @@ def _state(model: Any) -> tuple[Any, ...]:
         (id(m), m.training, *m._forward_hooks, None, *m._forward_pre_hooks, id(vars(m).get("forward")))
         for m in model.modules()
     )
-    return (*weights, *modules)
+    return (model.config.get_text_config()._attn_implementation, *weights, *modules)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.capture import decoder_layers
@@ -45,10 +46,13 @@ _MOST = 0.9  # of the channels: in one that nearly cancels, rounding is large
 class FusedLayer:
     """The forward of one decoder layer; a drop-in for ``layer.forward``.
 
-    Takes the weights of ``layer`` into packed matrices of its own and leaves views of these in their place.
+    Takes the weights of ``layer`` into packed matrices of its own and leaves views of these in their place. While
+    the layer differs from what was tried (parts with hooks or a forward of their own, parts that were replaced,
+    another attention), its own code runs over these views.
     """
 
     def __init__(self, layer: nn.Module, rotation: Rotation) -> None:
+        self._unfused: Callable[..., Tensor] = layer.forward
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         self.attention = attention
@@ -64,8 +68,19 @@ class FusedLayer:
         attention.o_proj = self.out = PackedLinear.of(attention.o_proj)
         mlp.down_proj = self.down = PackedLinear.of(mlp.down_proj)
         self.act: Callable[[Tensor], Tensor] = silu if is_silu(mlp.act_fn) else mlp.act_fn
+        self._implementation: str = attention.config._attn_implementation
+        self._parts = Parts(layer)
 
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What ``layer.forward`` takes and returns."""
+        if self.attention.config._attn_implementation != self._implementation or self._parts.are_changed():
+            return self._unfused(*args, **kwargs)
+        if torch.is_autocast_enabled("cpu"):  # packed weights have one dtype
+            with torch.autocast("cpu", enabled=False):
+                return self.fused(*args, **kwargs)
+        return self.fused(*args, **kwargs)
+
+    def fused(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -97,9 +112,30 @@ class FusedLayer:
         query, key = rotated.split((self.num_q, self.num_kv), 1)
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-        out, _ = attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **kwargs)
+        attend = ALL_ATTENTION_FUNCTIONS[self._implementation]
+        dropout = getattr(attention, "attention_dropout", 0.0) if attention.training else 0.0
+        out, _ = attend(attention, query, key, value, mask, dropout=dropout, scaling=attention.scaling, **kwargs)
         return out.view(batch, num_tokens, -1)  # type: ignore[no-any-return]
+
+
+class Parts:
+    """The modules below a layer, and whether they are still as they were: it is asked in every layer of every pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        modules = list(layer.modules())
+        self._children = [module._modules for module in modules]
+        self._known_children = [dict(children) for children in self._children]
+        self._members = [vars(part) for part in modules[1:]]
+        self._hooks: list[Any] = [_global_forward_hooks, _global_forward_pre_hooks]
+        self._hooks += [hooks for part in modules[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+    def are_changed(self) -> bool:
+        """Whether one was replaced, or does more than its class: hooks, or a forward of its own."""
+        return (
+            any(self._hooks)
+            or self._children != self._known_children
+            or any("forward" in members for members in self._members)
+        )
 
 
 Norm = Callable[[Tensor], Tensor]
@@ -187,7 +223,7 @@ def _tried(
                 return None
             del wide, wide_args, wide_kwargs, wide_expected
         fused = FusedLayer(layer, rotation)
-        return fused if _is_equal(fused(*args, **kwargs), expected, args[0]) else None
+        return fused if _is_equal(fused.fused(*args, **kwargs), expected, args[0]) else None
     except Exception:  # a layer may have the names of Llama's and other shapes
         return None
 

@@ -7,6 +7,7 @@ emits them), so they are tried before use (:func:`packing_fault`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,14 +19,17 @@ _ROWS_HINT = 16  # rows of a typical verification pass
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with W in oneDNN's own layout; for inference only."""
+    """y = x W^T + b with W in oneDNN's own layout; for inference only.
+
+    Computed in the dtype of W. Under ``torch.autocast`` y has that one's dtype, as with a plain layer.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)
         self.bias = None if bias is None else bias.detach()
-        self._fuses_sums = weight.dtype is torch.float32
 
     @classmethod
     def of(cls, layer: nn.Linear) -> PackedLinear:
@@ -38,23 +42,45 @@ class PackedLinear(nn.Module):
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
-        return y
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x.to(self.dtype), self.packed, self.bias, "none", [], "")
+        if torch.is_autocast_enabled("cpu"):
+            y = y.to(torch.get_autocast_dtype("cpu"))
+        return _untrainable(y)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """``forward(x) + other``; in 16 bits rounded twice, as two separate operators round."""
-        if not self._fuses_sums:
+        if self.dtype is not torch.float32 or other.dtype is not torch.float32:
             return self.forward(x) + other
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
-        return y
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x.to(self.dtype), other, self.packed, self.bias, "add")
+        return _untrainable(y)
 
     def __getstate__(self) -> Any:
         raise TypeError(
             "packed layers can be neither copied nor saved; copy or save the model before it is accelerated"
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        wanted = fn(torch.empty(0, dtype=self.dtype))
+        if wanted.dtype is not self.dtype or wanted.device.type != "cpu":
+            raise TypeError(
+                f"packed layers stay {self.dtype} on the CPU and cannot become {wanted.dtype} on {wanted.device}; the "
+                "model is now partly converted: load it anew and convert it before it is accelerated"
+            )
+        return self
+
     def _save_to_state_dict(self, *_: Any) -> None:
         self.__getstate__()  # a file without these weights would look like a whole one
+
+
+def _untrainable(y: Tensor) -> Tensor:
+    """``y``, through which no gradient passes without a word."""
+    if y.requires_grad:
+        y.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _refuse_gradient(_: Tensor) -> None:
+    raise TypeError("packed layers have no gradients; train the model before it is accelerated, or a copy that is not")
 
 
 class PackedSlice(nn.Module):
@@ -90,13 +116,14 @@ def packing_fault(dtype: torch.dtype) -> str:
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this processor has no bfloat16 instructions that oneDNN uses"
     try:
-        weight, x = torch.randn(96, 64, dtype=dtype), torch.randn(2, 3, 64, dtype=dtype)
-        other = torch.randn(2, 3, 96, dtype=dtype)
-        expected = nn.functional.linear(x, weight)
-        packed = PackedLinear(weight, None)
-        error = torch.maximum(
-            (packed(x) - expected).abs().max(), (packed.plus(x, other) - expected - other).abs().max()
-        )
+        with torch.autocast("cpu", enabled=False):
+            weight, x = torch.randn(96, 64, dtype=dtype), torch.randn(2, 3, 64, dtype=dtype)
+            other = torch.randn(2, 3, 96, dtype=dtype)
+            expected = nn.functional.linear(x, weight)
+            packed = PackedLinear(weight, None)
+            error = torch.maximum(
+                (packed(x) - expected).abs().max(), (packed.plus(x, other) - expected - other).abs().max()
+            )
     except (RuntimeError, AttributeError, NotImplementedError) as failure:
         return f"PyTorch's packed linear layers do not work here: {str(failure).splitlines()[0]}"
     return "" if float(error) < 0.5 else f"PyTorch's packed linear layers are wrong here by {float(error)}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdec.attention import MaskStyle, mask_style
 from specdec.errors import NonFiniteLogitsError, UnsupportedModelError
@@ -62,8 +62,10 @@ def inspect_model(model: Any) -> Support:
     config = model.config.get_text_config()
     _refuse_recurrent(model, config, name)
     limit, reason = _position_limit(config)
-    module = sys.modules[type(model.get_decoder()).__module__]
-    style = mask_style(config, config._attn_implementation or "eager", model.dtype, module)
+    decoder = model.get_decoder()
+    module = sys.modules[type(decoder).__module__]
+    by_layer_type = getattr(config, "layer_types", None) is not None and _takes_masks_by_type(decoder)
+    style = mask_style(config, config._attn_implementation or "eager", model.dtype, module, by_layer_type)
     if isinstance(style, str):
         return Support(False, style, None, limit, reason)
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -89,10 +91,18 @@ def _refuse_recurrent(model: Any, config: Any, name: str) -> None:
     try:
         layers = DynamicCache(config=config).layers
     except Exception as error:  # a config that the library itself cannot build a cache for
-        raise UnsupportedModelError(f"transformers builds no key-value cache for {name}: {error}") from error
+        raise UnsupportedModelError(
+            f"transformers builds no key-value cache for {name}: {error}; correct its config"
+        ) from error
     kinds = {type(layer).__name__ for layer in layers}
     if not kinds <= set(_PLAIN_LAYERS):
         raise UnsupportedModelError(f"{why} (cache layers: {', '.join(sorted(kinds - set(_PLAIN_LAYERS)))})")
+
+
+def _takes_masks_by_type(decoder: nn.Module) -> bool:
+    """Whether the code below takes a dict of masks by type of layer; a config may name types that its model ignores."""
+    forwards = (inspect.unwrap(type(module).forward) for module in decoder.modules())
+    return any("dict" in forward.__code__.co_names for forward in forwards if hasattr(forward, "__code__"))
 
 
 def _has_slot_window(model: Any) -> bool:
@@ -139,8 +149,8 @@ def probe(target: _Scorer, branching: bool) -> str:
         leaves = _score_trees(target, ids) if branching else _score_chains(target, ids)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
-        return f"its own code fails on a small {shape}: {error}"
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+        return f"its own code fails on a small {shape}: {type(error).__name__}: {error}"
     finally:
         target.reset()
     if all(_agree(target.model, tokens, logits) for tokens, logits in leaves):
@@ -181,7 +191,15 @@ def _agree(model: Any, tokens: list[int], logits: Tensor) -> bool:
         raise NonFiniteLogitsError(
             f"{name} gives NaN or infinite logits for a short prompt; check its weights, or try float32"
         )
-    return agree(logits, plain, model.dtype)
+    return agree(logits, plain, _lowest_dtype(model, device))
+
+
+def _lowest_dtype(model: Any, device: torch.device) -> torch.dtype:
+    """What a pass rounds to: its weights' dtype, or that of an autocast around it."""
+    found: torch.dtype = model.dtype
+    if torch.is_autocast_enabled(device.type) and found not in (torch.float16, torch.bfloat16):
+        found = torch.get_autocast_dtype(device.type)
+    return found
 
 
 def agree(logits: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> bool:

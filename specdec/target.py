@@ -74,6 +74,7 @@ class CausalLM:
         self.captured: CapturedPasses | None = None
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._capture = Capture(model, capture_hidden, tuple(feature_layers))
+        self._built_for = self._settings()
         self._probe()
         self.recorders = recorders
 
@@ -134,7 +135,11 @@ class CausalLM:
 
         ``num_scored`` says how many leading nodes of each tree an earlier call has scored since the last commit: only
         the nodes after them are processed and returned (how a drafter grows a tree level by level).
+
+        Raises:
+            ValueError: the model's attention, mode, dtype or device is not what it was when the engine was built.
         """
+        self._check_settings()
         scored = num_scored or [0] * len(rows)
         parts: list[Part] = []
         earlier: list[list[Scores]] = []
@@ -184,7 +189,7 @@ class CausalLM:
     def _probe(self) -> None:
         """Try what the config promises, so that no model can be wrong in silence; once for each model object."""
         model = self.model
-        key = (model.dtype, self.device, self._config._attn_implementation, self.support)
+        key = (self._built_for, self.support)
         if _PROBED.get(model, (None, None))[0] == key:
             self.support = _PROBED[model][1]
             return
@@ -194,9 +199,24 @@ class CausalLM:
             self.support = replace(self.support, can_tree=False, reason=fault)
             fault = probe(self, branching=False)
         if fault:
-            raise UnsupportedModelError(f"{type(self.model).__name__} cannot be verified: {fault}")
+            hint = "; it is in training mode: call model.eval() before" if model.training else ""
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be verified: {fault}{hint}")
         self.model_s, self.num_passes = 0.0, 0
         _PROBED[model] = (key, self.support)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the probe's answer depends on and a caller can change."""
+        weight = self.model.get_input_embeddings().weight
+        attention = self._config._attn_implementation
+        return {"attention": attention, "training": self.model.training, "dtype": weight.dtype, "device": weight.device}
+
+    def _check_settings(self) -> None:
+        now, then = self._settings(), self._built_for
+        if now != then:
+            changed = ", ".join(f"{key} {now[key]!r} instead of {then[key]!r}" for key in now if now[key] != then[key])
+            raise ValueError(
+                f"the model was changed after its engine was built ({changed}); set it back, or build another engine"
+            )
 
     def _new_cache(self) -> RaggedCache:
         return RaggedCache(self._config.num_hidden_layers)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,70 @@ def test_hooks_and_the_mode_of_a_model_reach_its_copy() -> None:
     assert not accelerated_copy(model).training
 
 
+@needs_packing
+@pytest.mark.parametrize("build", [llama, gpt2, mixtral, lambda: llama().bfloat16()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_an_accelerated_model_does_what_it_does_elsewhere(build: Any, dtype: torch.dtype) -> None:
+    """What autocast had rounded met packed weights of another dtype, and oneDNN could not create a primitive."""
+    plain, ids = build(), torch.arange(6)[None]
+    if packing_fault(plain.dtype):
+        pytest.skip(packing_fault(plain.dtype))
+    model = accelerated(build(), in_place=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        found, expected = model(ids).logits, plain(ids).logits
+        assert found.dtype == expected.dtype == dtype
+        assert not CausalLM(model).chain_only
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@needs_packing
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_an_accelerated_model_refuses_to_be_trained(build: Any) -> None:
+    """Gradients ended at the packed layers with a warning, so that all weights kept the values that they had."""
+    model, ids = accelerated(build(), in_place=True), torch.arange(6)[None]
+    loss = torch.nn.functional.cross_entropy(model(ids).logits[0], ids[0])
+    with pytest.raises(TypeError, match="packed layers have no gradients; train the model before"):
+        loss.backward()
+
+
+@needs_packing
+def test_an_accelerated_model_refuses_another_dtype_and_device() -> None:
+    model, ids = accelerated(llama(), in_place=True), torch.arange(6)[None]
+    expected = model(ids).logits
+    assert torch.equal(model.float().cpu().to(torch.float32)(ids).logits, expected)
+    for convert in (lambda: model.to(torch.bfloat16), model.double, lambda: model.to("meta")):
+        with pytest.raises(TypeError, match=r"packed layers stay torch\.float32 on the CPU .* load it anew"):
+            convert()
+
+
+@needs_packing
+def test_a_copy_is_made_anew_when_the_attention_changes() -> None:
+    model = llama()
+    assert accelerated_copy(model).config._attn_implementation == grouped_attention.NAME
+    model.set_attn_implementation("eager")
+    assert accelerated_copy(model).config._attn_implementation == "eager"
+
+
+@needs_packing
+def test_threads_get_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each made its own, which takes twice the memory."""
+    model, made, both_wait = llama(), [], threading.Barrier(2)
+
+    def make(plain: Any, in_place: bool = False) -> Any:
+        made.append(1)
+        return accelerated(plain, in_place)
+
+    def ask(_: int) -> Any:
+        both_wait.wait()
+        return accelerated_copy(model)
+
+    monkeypatch.setattr(accelerate, "accelerated", make)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(ask, range(2))
+    assert first is second
+    assert made == [1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_model_is_let_go_whether_it_was_packed_or_not(dtype: torch.dtype) -> None:
     model = llama().to(dtype)
@@ -207,11 +273,14 @@ def test_an_accelerated_model_really_attends_by_groups(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_queries", [1, 2, 8, 9])
 @pytest.mark.parametrize("masked", [True, False])
-def test_grouped_attention_is_attention_with_repeated_heads(dtype: torch.dtype, num_queries: int, masked: bool) -> None:
+@pytest.mark.parametrize("groups", [2, 6])
+def test_grouped_attention_is_attention_with_repeated_heads(
+    dtype: torch.dtype, num_queries: int, masked: bool, groups: int
+) -> None:
     if not masked and num_queries > 1:
         num_queries = 0  # the causal mask of a prompt: all slots are queries
     generator = torch.Generator().manual_seed(0)
-    batch, groups, heads, slots, size = 3, 2, 6, 21, 16
+    batch, heads, slots, size = 3, 6, 21, 16
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)

@@ -173,6 +173,20 @@ def test_costs_are_medians_that_never_fall_with_size():
     assert (costs.count(1, 1), costs.knows(1, 2), costs.knows(2, 1)) == (3, False, False)
 
 
+def test_threads_may_share_the_costs_of_a_model():
+    """Another call's first pass of a new size came while the sizes were looked through: a RuntimeError."""
+    costs = PassCosts()
+    costs.add(1, 1, 0.1)
+
+    class Interrupted(int):
+        def __rsub__(self, num_rows):
+            costs.add(num_rows + 10, 1, 0.2)
+            return num_rows - int(self)
+
+    assert costs.curve(Interrupted(2), 3) == costs.curve(1, 3)
+    assert costs.knows(11, 1)
+
+
 def test_measured_costs_replace_the_seed():
     costs = PassCosts.seeded({1: {1: 1.0}})
     for _ in range(10):

@@ -228,3 +228,108 @@ def test_a_fused_model_runs_where_gradients_are_on(dtype: torch.dtype) -> None:
     with torch.no_grad():
         expected = model(ids).logits
     assert torch.equal(model(ids).logits, expected)
+
+
+PARTS = [
+    "self_attn",
+    "mlp",
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.o_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "mlp.act_fn",
+]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_hooks_on_parts_of_a_fused_layer_run_and_leave_it_fused_when_they_go(name: str) -> None:
+    """Fused layers call none of these modules: what a user hung on them later never ran."""
+    plain, ours, ids = build("llama"), accelerated(build("llama"), in_place=True), torch.arange(6)[None]
+    fused = ours(ids).logits
+    seen: dict[str, list[torch.Tensor]] = {"plain": [], "ours": []}
+    handles, logits = [], []
+    for key, model in (("plain", plain), ("ours", ours)):
+
+        def halve(_: Any, __: Any, output: Any, key: str = key) -> Any:
+            whole = output[0] if isinstance(output, tuple) else output
+            seen[key].append(whole)
+            return (whole / 2, *output[1:]) if isinstance(output, tuple) else whole / 2
+
+        part = model.model.layers[1].get_submodule(name)
+        handles += [part.register_forward_hook(halve), part.register_forward_pre_hook(lambda *_: None)]
+        logits.append(model(ids).logits)
+    assert [len(outputs) for outputs in seen.values()] == [1, 1]
+    torch.testing.assert_close(seen["ours"][0], seen["plain"][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits[1], fused, rtol=1e-3, atol=1e-3)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(ours(ids).logits, fused)
+
+
+def test_hooks_on_every_module_see_the_parts_of_fused_layers() -> None:
+    ours, calls = accelerated(build("llama")), []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: calls.append(module))
+    try:
+        ours(torch.arange(6)[None])
+    finally:
+        handle.remove()
+    assert all(layer.mlp.up_proj in calls for layer in ours.model.layers)
+
+
+def own_forward(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x) / 2
+
+
+def replaced(model: Any) -> None:
+    model.model.layers[1].mlp = torch.nn.Identity()
+
+
+@pytest.mark.parametrize("change", [own_forward, replaced])
+def test_what_was_put_into_a_fused_layer_later_runs(change: Callable[[Any], Any]) -> None:
+    plain, ours, ids = build("llama"), accelerated(build("llama"), in_place=True), torch.arange(6)[None]
+    before = ours(ids).logits
+    for model in (plain, ours):
+        change(model)
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours(ids).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_fused_layer_in_training_mode_drops_what_the_plain_one_drops() -> None:
+    model, ids = accelerated(build("llama", attention_dropout=0.5), in_place=True), torch.arange(6)[None]
+    assert num_fused(model) == LAYERS
+    still = model(ids).logits
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    model.eval()
+    assert torch.equal(model(ids).logits, still)
+
+
+@pytest.mark.parametrize(("dtype", "other"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_autocast_leaves_fused_layers_as_they_are(dtype: torch.dtype, other: torch.dtype) -> None:
+    if packing_fault(dtype):
+        pytest.skip(packing_fault(dtype))
+    model, ids = accelerated(build("llama", dtype)), torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model.model(ids).last_hidden_state
+        with torch.autocast("cpu", dtype=other):
+            assert torch.equal(model.model(ids).last_hidden_state, expected)
+
+
+def test_a_model_may_be_accelerated_under_autocast() -> None:
+    """Rounding hid that fused layers equal their originals, and what a trial said there was kept for the process."""
+    packing_fault.cache_clear()
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert num_fused(accelerated(build("llama"))) == LAYERS
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_fused_model_may_change_its_attention(attention: str) -> None:
+    """Fused layers looked for eager attention where transformers does not keep it: KeyError: 'eager'."""
+    plain, ours = build("llama"), accelerated(build("llama"), in_place=True)
+    ours.set_attn_implementation(attention)
+    for found, expected in zip(score(ours), score(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

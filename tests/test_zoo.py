@@ -502,6 +502,40 @@ def test_a_window_in_the_config_of_a_model_without_windows_is_not_used():
     assert error(lm.model, [row], [tree], lm.score([row], [tree])) < ROUNDED
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize(
+    "types", [{"layer_types": ["full_attention"] * 4}, {"layer_types": ["sliding_attention", "full_attention"] * 2}]
+)
+def test_types_of_layers_in_the_config_of_a_model_without_them_are_not_used(name, types):
+    """Such a model was handed a dict of masks, which its code cannot read: an AttributeError from the probe."""
+    model = FAMILIES[name].build(**types, sliding_window=10**6)
+    lm = CausalLM(model)
+    assert lm.support.reason == ""
+    rng = random.Random(12)
+    row = make_row(rng, 0, 21)
+    lm.open([row])
+    tree = random_tree(rng, row.tokens[-1])
+    assert error(lm.model, [row], [tree], lm.score([row], [tree])) < ROUNDED
+
+
+@pytest.mark.parametrize("fault", [AttributeError("ndim"), KeyError("mask"), AssertionError("no")])
+def test_code_that_fails_on_trees_is_used_for_chains_only(fault, monkeypatch):
+    """Foreign code fails in more ways than by a ValueError, and a KeyError's text alone says nothing."""
+
+    def forward(self, **inputs):
+        if inputs.get("attention_mask") is not None:
+            raise fault
+        return plain_forward(self, **inputs)
+
+    model = FAMILIES["llama"].build()
+    plain_forward = type(model).forward
+    forward.__signature__ = inspect.signature(plain_forward)
+    monkeypatch.setattr(type(model), "forward", forward)
+    lm = CausalLM(model)
+    assert lm.chain_only
+    assert f"fails on a small tree: {type(fault).__name__}: {fault}" in lm.support.reason
+
+
 def without(model: Any, *names: str) -> Any:
     """``model`` with a forward that takes the arguments ``names`` and ignores them."""
     forward = model.forward
