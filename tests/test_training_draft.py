@@ -168,7 +168,7 @@ def test_only_the_draft_models_layers_learn(model: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "lookahead"}, "kind must be one of medusa, eagle, draft, got 'lookahead'"),
+        ({"kind": "lookahead"}, "kind must be one of medusa, eagle, draft, recycling, got 'lookahead'"),
         ({"heads": 0}, "heads must be at least 1, got 0"),
         ({"batch_tokens": 0}, "batch_tokens"),
         ({"draft_vocab": -1}, "draft_vocab must be positive, or 0 for every id, got -1"),
