@@ -51,8 +51,13 @@ def hashed(contexts: NDArray[np.int64]) -> NDArray[np.uint64]:
     """(c,) the hashes of ``contexts`` (c, o)."""
     keys = np.zeros(len(contexts), np.uint64)
     for column in range(contexts.shape[1] - 1, -1, -1):
-        keys = (keys ^ (contexts[:, column] + 1).astype(np.uint64)) * np.uint64(_MULTIPLIER)
+        keys = _extended(keys, contexts[:, column])
     return keys
+
+
+def _extended(keys: NDArray[np.uint64], tokens: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The hashes of contexts (c,) with one older token more."""
+    return (keys ^ (tokens + 1).astype(np.uint64)) * np.uint64(_MULTIPLIER)
 
 
 @dataclass(slots=True)
@@ -91,7 +96,20 @@ class SuccessorTable:
 
     def write(self, contexts: NDArray[np.int64], successors: NDArray[np.int32], classes: NDArray[np.uint8]) -> None:
         """Remember ``successors`` and their ``classes`` (c, k) of ``contexts`` (c, o); of equal ones the last counts."""
-        keys, order = hashed(contexts), contexts.shape[1]
+        self._store(contexts.shape[1], hashed(contexts), successors, classes)
+
+    def write_parts(
+        self, contexts: NDArray[np.int64], successors: NDArray[np.int32], classes: NDArray[np.uint8]
+    ) -> None:
+        """As :meth:`write`, for the last 1 to ``max_order`` tokens of ``contexts`` (c, at least max_order)."""
+        keys = np.zeros(len(contexts), np.uint64)
+        for order in range(1, self.max_order + 1):
+            keys = _extended(keys, contexts[:, -order])
+            self._store(order, keys, successors, classes)
+
+    def _store(
+        self, order: int, keys: NDArray[np.uint64], successors: NDArray[np.int32], classes: NDArray[np.uint8]
+    ) -> None:
         slots = (keys >> np.uint64(32)) * np.uint64(self.capacity) >> np.uint64(32)
         self.keys[order - 1, slots] = keys
         self.successors[order - 1, slots] = successors

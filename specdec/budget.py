@@ -82,6 +82,7 @@ class PassCosts:
 
     slope: float = 0.03
     _recent: dict[int, dict[int, deque[float]]] = field(default_factory=dict)
+    _known: dict[int, list[tuple[int, float]]] = field(default_factory=dict)  # of those rows since the last addition
 
     @classmethod
     def seeded(cls, curves: Mapping[int, Mapping[int, float]]) -> PassCosts:
@@ -96,6 +97,7 @@ class PassCosts:
     def add(self, num_rows: int, num_columns: int, seconds: float) -> None:
         sizes = self._recent.setdefault(num_rows, {})
         sizes.setdefault(num_columns, deque(maxlen=_NUM_RECENT)).append(seconds)
+        self._known.pop(num_rows, None)
 
     def count(self, num_rows: int, num_columns: int) -> int:
         """How many recent passes of this size are known."""
@@ -106,16 +108,14 @@ class PassCosts:
 
     def curve(self, num_rows: int, max_columns: int) -> list[float]:
         """Seconds for 1 to ``max_columns`` columns."""
-        sizes = self._nearest(num_rows)
-        if not sizes:
-            return [1.0 + self.slope * n for n in range(max_columns)]
-        known = _rising([(n, median(times), len(times)) for n, times in sorted(sizes.items()) if times])
-        return [self._at(known, n) for n in range(1, max_columns + 1)]
-
-    def _nearest(self, num_rows: int) -> dict[int, deque[float]]:
         if not self._recent:
-            return {}
-        return self._recent[min(tuple(self._recent), key=lambda rows: abs(rows - num_rows))]
+            return [1.0 + self.slope * n for n in range(max_columns)]
+        nearest = min(tuple(self._recent), key=lambda rows: abs(rows - num_rows))
+        known = self._known.get(nearest)
+        if known is None:
+            sizes = sorted(self._recent[nearest].items())
+            known = self._known[nearest] = _rising([(n, median(times), len(times)) for n, times in sizes if times])
+        return [self._at(known, n) for n in range(1, max_columns + 1)]
 
     def _at(self, known: list[tuple[int, float]], columns: int) -> float:
         place = bisect_right(known, columns, key=lambda pair: pair[0])

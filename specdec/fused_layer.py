@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import contains
 from types import CodeType
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.capture import decoder_layers
@@ -40,6 +43,7 @@ _ATTENTION_NAMES = (
     )
 )
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of what a layer adds: another order of summation
+_ATTENTION = "_attn_implementation_internal"  # where a config of transformers keeps its attention
 _MOST = 0.9  # of the channels: in one that nearly cancels, rounding is large
 
 
@@ -69,11 +73,13 @@ class FusedLayer:
         mlp.down_proj = self.down = PackedLinear.of(mlp.down_proj)
         self.act: Callable[[Tensor], Tensor] = silu if is_silu(mlp.act_fn) else mlp.act_fn
         self._implementation: str = attention.config._attn_implementation
+        self._config = vars(attention.config)  # reading the attribute itself takes as long as a small operator
+        self._known_setting = self._config.get(_ATTENTION)
         self._parts = Parts(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What ``layer.forward`` takes and returns."""
-        if self.attention.config._attn_implementation != self._implementation or self._parts.are_changed():
+        if self._config.get(_ATTENTION) != self._known_setting or self._parts.are_changed():
             return self._unfused(*args, **kwargs)
         if torch.is_autocast_enabled("cpu"):  # packed weights have one dtype
             with torch.autocast("cpu", enabled=False):
@@ -119,7 +125,11 @@ class FusedLayer:
 
 
 class Parts:
-    """The modules below a layer, and whether they are still as they were: it is asked in every layer of every pass."""
+    """The modules below a layer, and whether they are still as they were.
+
+    It is asked in every layer of every pass, between weights that leave nothing else in the caches: so hooks are looked
+    for only after torch has numbered a new one anywhere.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         modules = list(layer.modules())
@@ -128,14 +138,24 @@ class Parts:
         self._members = [vars(part) for part in modules[1:]]
         self._hooks: list[Any] = [_global_forward_hooks, _global_forward_pre_hooks]
         self._hooks += [hooks for part in modules[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._last_hook = -1  # the number that the next hook had when there were none here
 
     def are_changed(self) -> bool:
         """Whether one was replaced, or does more than its class: hooks, or a forward of its own."""
         return (
-            any(self._hooks)
+            self._are_hooked()
             or self._children != self._known_children
-            or any("forward" in members for members in self._members)
+            or any(map(contains, self._members, repeat("forward")))
         )
+
+    def _are_hooked(self) -> bool:
+        next_hook = RemovableHandle.next_id
+        if next_hook == self._last_hook:
+            return False
+        if any(self._hooks):
+            return True
+        self._last_hook = next_hook
+        return False
 
 
 Norm = Callable[[Tensor], Tensor]

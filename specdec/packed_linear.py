@@ -42,17 +42,23 @@ class PackedLinear(nn.Module):
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x.to(self.dtype), self.packed, self.bias, "none", [], "")
+        if x.dtype is not self.dtype:
+            x = x.to(self.dtype)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
         if torch.is_autocast_enabled("cpu"):
             y = y.to(torch.get_autocast_dtype("cpu"))
-        return _untrainable(y)
+        if y.requires_grad:
+            _refuse_gradients(y)
+        return y
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """``forward(x) + other``; in 16 bits rounded twice, as two separate operators round."""
         if self.dtype is not torch.float32 or other.dtype is not torch.float32:
             return self.forward(x) + other
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x.to(self.dtype), other, self.packed, self.bias, "add")
-        return _untrainable(y)
+        if y.requires_grad:
+            _refuse_gradients(y)
+        return y
 
     def __getstate__(self) -> Any:
         raise TypeError(
@@ -72,14 +78,12 @@ class PackedLinear(nn.Module):
         self.__getstate__()  # a file without these weights would look like a whole one
 
 
-def _untrainable(y: Tensor) -> Tensor:
-    """``y``, through which no gradient passes without a word."""
-    if y.requires_grad:
-        y.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
-    return y
+def _refuse_gradients(y: Tensor) -> None:
+    """Let no gradient pass through ``y`` without a word."""
+    y.register_hook(_refuse)  # type: ignore[no-untyped-call]
 
 
-def _refuse_gradient(_: Tensor) -> None:
+def _refuse(_: Tensor) -> None:
     raise TypeError("packed layers have no gradients; train the model before it is accelerated, or a copy that is not")
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 import specdec
 from specdec.drafters import make_drafter
-from specdec.drafters.recycling import RecyclingDrafter
+from specdec.drafters.recycling import RecyclingDrafter, best_tokens
 from specdec.drafters.successors import SuccessorTable
 from specdec.interfaces import DraftContext, Row, Scores, Step, Verdict
 from specdec.tree import TokenTree
@@ -188,6 +188,34 @@ def test_followers_in_a_text_have_classes_of_their_own() -> None:
     _, tokens, classes = d.table.lookup((1,))
     assert tokens == [5, 4, 3, 2]
     assert classes == [9, 10, 11, 11]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [500, 8 * 4 * 256, 10_001, 49_152])
+def test_the_best_tokens_are_those_of_a_sort(vocab_size: int, dtype: torch.dtype) -> None:
+    """In the blocks of the vocabulary and in what is left over behind them; with ties and excluded tokens."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(6, vocab_size, generator=generator).to(dtype)
+    logits[0, -3:] = 9.0
+    logits[1, :] = float("-inf")
+    logits[1, [3, vocab_size - 1]] = torch.tensor([1.0, 2.0], dtype=dtype)
+    logits[2, :] = 0.0
+    logits[3, 300:310] = 7.0  # more than eight in one block
+    found = best_tokens(logits, 8)
+    assert torch.equal(logits.gather(1, found), logits.sort(-1, descending=True).values[:, :8])
+    assert all(len(set(row)) == 8 for row in found.tolist())
+
+
+def test_contexts_of_all_lengths_are_written_as_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    contexts = rng.integers(-1, VOCAB, (40, 4))
+    successors, classes = rng.integers(0, VOCAB, (40, 2)).astype(np.int32), rng.integers(0, 9, (40, 2)).astype(np.uint8)
+    one, other = (SuccessorTable(3, 2, 64) for _ in range(2))
+    one.write_parts(contexts, successors, classes)
+    for order in (1, 2, 3):
+        other.write(contexts[:, -order:], successors, classes)
+    for name in ("keys", "successors", "classes"):
+        assert np.array_equal(getattr(one, name), getattr(other, name))
 
 
 def test_excluded_tokens_and_broken_logits_teach_nothing() -> None:
