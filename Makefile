@@ -7,7 +7,7 @@ VIEW_PARTS := drafters verifiers kernels cli analysis
 .PHONY: demo test check bench format clean install model
 
 demo: model
-	$(BIN)/specdec bench --limit 8 --max-new-tokens 48 --drafter ngram --drafter hybrid:parts=ngram+recycling+eagle
+	$(BIN)/specdec bench --limit 8 --max-new-tokens 48 --drafter ngram --drafter hybrid
 
 test: model
 	$(BIN)/pytest
