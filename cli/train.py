@@ -123,13 +123,10 @@ def load_plain(target: str, dtype: str, device: str) -> tuple[Any, Any]:
 def acceptance(kind: Kind, folder: Path, model: Any, questions: list[list[int]]) -> float:
     """Mean acceptance length of the finished drafter with the tree that it would draft, greedy."""
     from specdec.cli.acceptance import measure_acceptance
-    from specdec.drafters import format_drafter
+    from specdec.drafters.training.job import trained_drafter
 
     drafts = (load_model(str(folder), dtype="auto", device=str(model.device)),) if kind is Kind.DRAFT else ()
-    if kind is Kind.DRAFT:
-        spec = "model:shape=best-first"
-    else:
-        spec = format_drafter(kind, {"start" if kind is Kind.RECYCLING else "path": str(folder)})
+    spec = "model:shape=best-first" if kind is Kind.DRAFT else trained_drafter(kind, folder)
     stats = measure_acceptance(model, spec, questions, _JUDGED_NODES, drafts, _JUDGED_TOGETHER)
     return stats.mean_acceptance_length
 

@@ -25,10 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.drafters.checkpoint_io import CONFIG, read_json
-from specdec.drafters.shipped import SHIPPED, kept, mismatch, target_facts, version
+from specdec.drafters.shipped import SHIPPED, kept, shipped_fault, version
 from specdec.drafters.successors import (
-    BOUNDS,
     NUM_CLASSES,
     TEXT_RATES,
     TYPICAL,
@@ -36,6 +34,7 @@ from specdec.drafters.successors import (
     Found,
     StartTable,
     SuccessorTable,
+    classes_of,
     keys_of,
 )
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
@@ -260,17 +259,15 @@ def _top(scores: Sequence[Scores], num: int) -> tuple[NDArray[np.int32], NDArray
     logits = [score.logits for score in scores]
     if logits[0].is_cuda:  # one launch for all rows; on the host a copy of all logits would cost more than it saves
         logits = [torch.cat(logits)]
-    best = [best_tokens(each, num) for each in logits]
+    best = [top_tokens(each, num) for each in logits]
     is_allowed = torch.cat([each.gather(-1, tokens).isfinite() for each, tokens in zip(logits, best, strict=True)])
     found = torch.cat(best).masked_fill(~is_allowed, -1)
     # A softmax takes half the time of a log-sum-exp.
     probs = torch.cat([each.softmax(-1).gather(-1, tokens) for each, tokens in zip(logits, best, strict=True)])
-    bounds = torch.from_numpy(BOUNDS).flip(0).to(probs.device)
-    classes = len(BOUNDS) - torch.bucketize(probs.float(), bounds)
-    return found.to("cpu", torch.int32).numpy(), classes.to("cpu", torch.uint8).numpy()
+    return found.to("cpu", torch.int32).numpy(), classes_of(probs.float().cpu().numpy())
 
 
-def best_tokens(logits: Tensor, num: int) -> Tensor:
+def top_tokens(logits: Tensor, num: int) -> Tensor:
     """The ``num`` best tokens (n, num) of ``logits`` (n, V), best first.
 
     They lie in the blocks of the vocabulary whose best logits are highest, which are found sooner than they are.
@@ -366,14 +363,13 @@ def _build(context: DraftContext, start: Any = "auto", **options: Any) -> Drafte
 
 def _start(target: Any, start: Any) -> StartTable | None:
     """The table in the folder ``start``; with "auto" the shipped one, if it was made for this target."""
+    if start == "auto":
+        folder = SHIPPED / _SHIPPED
+        fits = folder.is_dir() and isinstance(target, CausalLM) and not shipped_fault(folder, target)
+        start = folder if fits else None
     if start is None:
         return None
-    folder = SHIPPED / _SHIPPED if start == "auto" else Path(str(start)).expanduser()
-    if start == "auto":
-        config = read_json(folder / CONFIG) if folder.is_dir() else {}
-        is_ours = isinstance(target, CausalLM) and config.get("vocab_size") == target.vocab_size
-        if not is_ours or mismatch(config.get("specdec_target") or {}, target_facts(target.model)):
-            return None
+    folder = Path(str(start)).expanduser()
     if not isinstance(target, CausalLM):
         return StartTable.load(folder, target.vocab_size)
     return kept(target, ("recycling", *version(folder)), lambda: StartTable.load(folder, target.vocab_size))

@@ -62,13 +62,16 @@ def find(drafter: str, shipped: str, target: CausalLM, path: object) -> Path:
         raise UnsupportedModelError(
             f"no head for drafter {drafter!r} is shipped with this installation; {_advice(drafter)}"
         )
-    config = read_json(folder / CONFIG)
-    fault = mismatch(config.get("specdec_target") or {}, target_facts(target.model))
-    if fault:
+    if fault := shipped_fault(folder, target):
         raise UnsupportedModelError(
             f"the shipped head {shipped} was trained for another model ({fault}); {_advice(drafter)}"
         )
     return folder
+
+
+def shipped_fault(folder: Path, target: CausalLM) -> str:
+    """How the target that the shipped ``folder`` was made for differs from ``target``; empty if it does not."""
+    return mismatch(read_json(folder / CONFIG).get("specdec_target") or {}, target_facts(target.model))
 
 
 def draft_dtype(target: CausalLM) -> torch.dtype:

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 import specdec
 from specdec.drafters import make_drafter
-from specdec.drafters.recycling import RecyclingDrafter, best_tokens
+from specdec.drafters.recycling import RecyclingDrafter, top_tokens
 from specdec.drafters.successors import SuccessorTable
 from specdec.interfaces import DraftContext, Row, Scores, Step, Verdict
 from specdec.tree import TokenTree
@@ -192,7 +192,7 @@ def test_followers_in_a_text_have_classes_of_their_own() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [500, 8 * 4 * 256, 10_001, 49_152])
-def test_the_best_tokens_are_those_of_a_sort(vocab_size: int, dtype: torch.dtype) -> None:
+def test_the_top_tokens_are_those_of_a_sort(vocab_size: int, dtype: torch.dtype) -> None:
     """In the blocks of the vocabulary and in what is left over behind them; with ties and excluded tokens."""
     generator = torch.Generator().manual_seed(vocab_size)
     logits = torch.randn(6, vocab_size, generator=generator).to(dtype)
@@ -201,7 +201,7 @@ def test_the_best_tokens_are_those_of_a_sort(vocab_size: int, dtype: torch.dtype
     logits[1, [3, vocab_size - 1]] = torch.tensor([1.0, 2.0], dtype=dtype)
     logits[2, :] = 0.0
     logits[3, 300:310] = 7.0  # more than eight in one block
-    found = best_tokens(logits, 8)
+    found = top_tokens(logits, 8)
     assert torch.equal(logits.gather(1, found), logits.sort(-1, descending=True).values[:, :8])
     assert all(len(set(row)) == 8 for row in found.tolist())
 

@@ -220,8 +220,12 @@ def usage(kind: str, folder: object) -> str:
     """The options of the command line that use what was trained, quoted for a shell."""
     if kind == "draft":
         return f"--drafter model --drafter-model {shlex.quote(str(folder))}"
-    option = "start" if kind == "recycling" else "path"
-    return f"--drafter {shlex.quote(format_drafter(kind, {option: str(folder)}))}"
+    return f"--drafter {shlex.quote(trained_drafter(kind, folder))}"
+
+
+def trained_drafter(kind: str, folder: object) -> str:
+    """The drafter in ``folder`` as it is named, for all kinds but draft models."""
+    return format_drafter(kind, {"start" if kind == "recycling" else "path": str(folder)})
 
 
 @torch.no_grad()
