@@ -173,16 +173,18 @@ def byte_model(*_: Any, **__: Any) -> LlamaForCausalLM:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/library.md"])
+def test_the_code_of_a_document_runs(
+    document: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In one namespace, from top to bottom, as a reader would type it; with a tiny model for the built-in one."""
     monkeypatch.setattr(specdec, "load_model", byte_model)
     monkeypatch.setattr(specdec, "load_tokenizer", lambda _: byte_tokenizer())
     names: dict[str, Any] = {}
-    found = blocks((ROOT / "README.md").read_text("utf-8"), "python")
-    assert len(found) >= 2
-    for code in found:
-        exec(compile(code, "README.md", "exec"), names)  # the README is ours
-    assert "One, two, three. One, two, three. One," in capsys.readouterr().out
+    code = blocks((ROOT / document).read_text("utf-8"), "python")
+    for block in code:
+        exec(compile(block, document, "exec"), names)  # the documents are ours
+    assert capsys.readouterr().out
     model, inputs = names["model"], names["inputs"]
     expected = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     assert torch.equal(names["output"], expected)
@@ -191,14 +193,18 @@ def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: py
 # ----- the table -----
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    return load_script()
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -212,10 +218,18 @@ def result(**changes: Any) -> dict[str, Any]:
         "match": {"total": 0},
         **numbers,
     }
-    plain = {"method": "plain", "drafter": "none", "verifier": "match", "speedup": 0.99, "match": same, **numbers}
+    plain = {
+        "method": "plain",
+        "drafter": "none",
+        "verifier": "match",
+        "speedup": 0.99,
+        "speedup_vs_plain": 1.0,
+        "match": same,
+        **numbers,
+    }
     ngram = {
         "method": "ngram", "drafter": "ngram:max_order=3", "verifier": "match", "lossless": True, "tokens_per_s": 31.25,
-        "speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.6, "mean_acceptance_length": 1.75,
+        "speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.6, "speedup_vs_plain": 1.52, "mean_acceptance_length": 1.75,
         "match": {**same, "identical": 2, "explained": 1, "unexplained": 1},
         "categories": {"chat": {"speedup": 0.97}, "code": {"speedup": 2.1}, "qa": {"speedup": 1.2}},
     }  # fmt: skip
@@ -231,18 +245,23 @@ def result(**changes: Any) -> dict[str, Any]:
 
 def test_a_table_is_rendered_with_its_conditions(script: ModuleType) -> None:
     lines = script.render(result()).splitlines()
-    assert lines[2] == "| hf-generate | 20.0 | 1 (the reference) | - | 1.00 | - |"
-    assert lines[3] == "| plain | 20.0 | 0.99 | - | - | 4/4 |"
+    assert lines[2] == "| hf-generate | 20.0 | 1 | - | 1.00 | - |"
+    assert lines[3] == "| plain | 20.0 | 0.99x | 1 | - | 4/4 |"
     assert lines[4] == (
-        "| ngram:max_order=3 (match) | 31.2 | 1.50 (1.40 to 1.60) | 0.97 chat, 2.10 code | 1.75 "
-        "| 2/4, 1 explained, 1 unexplained |"
+        "| ngram:max_order=3 (match) | 31.2 | 1.50x (1.40 to 1.60) | 1.52x | 1.75 | 2/4, 1 explained, 1 unexplained |"
     )
     conditions = "\n".join(lines[5:])
     for fact in ("A Processor", "2 of 4 cores", "2 threads", "float32", "torch 2.13.0", "0123456789ab (changed since)"):
         assert fact in conditions
     for fact in ("2026-11-23", "smollm2-135m", "4 prompts", "`specdec bench --output benchmarks/cpu-float32.json`"):
         assert fact in conditions
-    assert "accelerate" not in conditions
+
+
+def test_a_table_of_chosen_rows_holds_them_in_that_order(script: ModuleType) -> None:
+    lines = script.render(result(), ["plain", "hf-generate"]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| plain", "| hf-generate"]
+    with pytest.raises(ValueError, match="has no row eagle; it has hf-generate, plain, ngram:max_order=3"):
+        script.render(result(), ["eagle"])
 
 
 def test_a_lossy_row_says_so_in_the_table(script: ModuleType) -> None:
@@ -257,18 +276,22 @@ def test_no_table_is_made_of_what_is_unknown_or_cut_short(script: ModuleType, ch
         script.render(result(**changes))
 
 
-def test_the_table_replaces_what_stands_between_the_markers(script: ModuleType) -> None:
-    text = f"before\n{script.START}\nold\n{script.END}\nafter\n"
-    assert script.splice(text, "new") == f"before\n{script.START}\nnew\n{script.END}\nafter\n"
-    with pytest.raises(ValueError, match="exactly once"):
-        script.splice("no markers", "new")
+def test_a_table_replaces_what_stands_between_its_markers(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(result()))
+    script.RESULTS = tmp_path
+    start = "<!-- table:start r.json plain -->"
+    text = f"before\n{start}\nold\n<!-- table:end -->\nafter\n"
+    table = script.render(result(), ["plain"])
+    assert script.fill(text) == f"before\n{start}\n{table}\n<!-- table:end -->\nafter\n"
+    assert script.fill(script.fill(text)) == script.fill(text)
+    with pytest.raises(ValueError, match="stands between"):
+        script.fill("<!-- table:start r.json -->\nwithout an end")
 
 
-def test_the_readmes_table_is_the_one_of_the_committed_result(script: ModuleType) -> None:
+def test_the_tables_of_the_documents_are_those_of_the_committed_results() -> None:
     """Numbers typed by hand, or of an older result."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert script.splice(readme, "x").count("x") >= 1  # the markers are there
-    if not script.RESULT.exists():
-        pytest.skip("no result is committed yet")
-    table = script.render(json.loads(script.RESULT.read_text("utf-8")))
-    assert script.splice(readme, table) == readme, "run: python benchmarks/readme_table.py"
+    script = load_script()
+    for document in script.DOCUMENTS:
+        text = document.read_text("utf-8")
+        assert "<!-- table:start" in text
+        assert script.fill(text) == text, "run: python benchmarks/tables.py"
