@@ -37,6 +37,7 @@ from specdec.policy import LazyProbs
 from specdec.target import CausalLM
 from specdec.tuned import SUFFIX, load_tuned
 from specdec.verifiers import make_verifier
+from specdec.wrapped import what_runs
 
 
 @dataclass
@@ -155,7 +156,7 @@ def custom_generate(
     ) -> Any:
         recorders = graph_recorders(model) if cuda_graphs else None
         ours = kernel_copy if cuda_graphs else accelerated_copy if accelerate else lambda plain: plain
-        target = CausalLM(ours(model), recorders=recorders)
+        target = CausalLM(ours(what_runs(model)), recorders=recorders)
         check_generation_config(generation_config)
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
         models = tuple(map(ours, _as_models(draft_model)))
