@@ -78,7 +78,7 @@ def tune(
     from specdec.provenance import collect
     from specdec.sampling import SamplingParams
     from specdec.target import CausalLM
-    from specdec.tuned import SCHEMA, fingerprint
+    from specdec.tuned import KIND, SCHEMA, fingerprint
     from specdec.tuning import Setting
     from specdec.verifiers import make_verifier
 
@@ -109,7 +109,7 @@ def tune(
     where = collect(
         ["specdec", *sys.argv[1:]], dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=told
     )
-    file = {"schema": SCHEMA, "kind": "tuned", "provenance": where, "target": target}
+    file = {"schema": SCHEMA, "kind": KIND, "provenance": where, "target": target}
     write_json(output, file | {"fingerprint": fingerprint(loaded.model), "per_batch_size": found})
     print(f"written to {output}; use it with --config {shlex.quote(str(output))}, or drafter={str(output)!r} in Python")
 

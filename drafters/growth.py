@@ -97,7 +97,7 @@ class Shape:
         Raises:
             ValueError: another form, or a file that holds no shape.
         """
-        if text.endswith(".json"):
+        if text.lower().endswith(".json"):
             return cls((), top_k, depth, min_confidence, read_shape(text, num_nodes))
         if text == "chain":
             return cls((1,) * depth, top_k, depth, min_confidence)
