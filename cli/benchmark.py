@@ -13,7 +13,7 @@ from typing import Any
 
 from specdec.budget import FixedBudget, PassCosts, make_budget
 from specdec.cli.details import token_texts
-from specdec.cli.loading import Loaded, all_model_facts, check_prompt, context_limit, eos_ids, load
+from specdec.cli.loading import Loaded, all_model_facts, check_prompt, eos_ids, load
 from specdec.cli.matching import Judge
 from specdec.cli.measure import (
     HF_ASSISTED,
@@ -157,7 +157,7 @@ def _check_prompts(config: BenchConfig, loaded: Loaded, prompts: Sequence[Prompt
 def _provenance(config: BenchConfig, loaded: Loaded, command: Sequence[str], num_prompts: int) -> dict[str, Any]:
     models = all_model_facts(config.target, config.drafter_models)
     settings = {**asdict(config), "drafters": config.drafter_specs, "num_prompts": num_prompts}
-    settings |= {"context_limit": context_limit(loaded.engine), "trees": not loaded.engine.chain_only}
+    settings |= {"context_limit": loaded.engine.context_length, "trees": not loaded.engine.chain_only}
     return collect(command, dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=settings)
 
 

@@ -88,13 +88,6 @@ def eos_ids(model: Any) -> frozenset[int]:
     return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def context_limit(engine: CausalLM) -> int | None:
-    """The positions that the model was made for; None if its config does not say."""
-    config = engine.model.config.get_text_config()
-    limits = (engine.support.max_positions, getattr(config, "max_position_embeddings", None))
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def check_prompt(engine: CausalLM, ids: list[int], max_new_tokens: int, what: str) -> None:
     """Refuse a prompt that the model has no room or no tokens for; ``what`` names it.
 
@@ -107,7 +100,7 @@ def check_prompt(engine: CausalLM, ids: list[int], max_new_tokens: int, what: st
         raise ValueError(
             f"{what} has token ids up to {max(ids)}, but the model knows {engine.vocab_size}: the tokenizer does not belong to it"
         )
-    limit = context_limit(engine)
+    limit = engine.context_length
     if limit is not None and len(ids) + max_new_tokens > limit:
         room = max(limit - len(ids), 0)
         raise ValueError(

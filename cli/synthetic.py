@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from specdec.interfaces import Limit, Row, Scores, TargetProbs, Verdict
+from specdec.interfaces import Drafter, Limit, Row, Scores, TargetProbs, Verdict
 from specdec.noise import Noise, RowNoise
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
@@ -54,7 +54,7 @@ def _rate_of(tokens: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class SyntheticDrafter:
+class SyntheticDrafter(Drafter):
     """Proposes a chain as long as there are rates."""
 
     rates: Rates

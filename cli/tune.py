@@ -73,18 +73,23 @@ def tune(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     options.set_threads(threads)
     from specdec.cli.loading import all_model_facts, eos_ids, load
+    from specdec.drafters import parse_drafter
     from specdec.files import check_writable, write_json
     from specdec.provenance import collect
     from specdec.sampling import SamplingParams
-    from specdec.tuned import SCHEMA, fingerprint
+    from specdec.target import CausalLM
+    from specdec.tuned import KIND, SCHEMA, fingerprint
     from specdec.tuning import Setting
     from specdec.verifiers import make_verifier
 
     output = output.expanduser()
     check_writable(output, "--output")
-    specs = _specs(drafter or (["model", "ngram"] if drafter_model else ["ngram", "hybrid"]))
+    asked = drafter or (["model", "ngram"] if drafter_model else ["ngram", "hybrid"])
+    for spec in asked:
+        parse_drafter(spec)
     rule, params = make_verifier(verifier), SamplingParams(temperature)
     loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
+    specs = _specs(asked, can_tree=not any(CausalLM(model).chain_only for model in loaded.own_draft_models))
     ids = _prompt_ids(loaded, prompts, limit, max_new_tokens)
     setting = Setting(loaded.engine, rule, loaded.own_draft_models, params, eos_ids(loaded.model), max_new_tokens)
     models = all_model_facts(target, drafter_model or ())
@@ -104,20 +109,18 @@ def tune(
     where = collect(
         ["specdec", *sys.argv[1:]], dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=told
     )
-    file = {"schema": SCHEMA, "kind": "tuned", "provenance": where, "target": target}
+    file = {"schema": SCHEMA, "kind": KIND, "provenance": where, "target": target}
     write_json(output, file | {"fingerprint": fingerprint(loaded.model), "per_batch_size": found})
     print(f"written to {output}; use it with --config {shlex.quote(str(output))}, or drafter={str(output)!r} in Python")
 
 
-def _specs(asked: Sequence[str]) -> list[str]:
-    """Each drafter once, a draft model in all of its shapes; plain decoding takes part anyway."""
-    from specdec.drafters import parse_drafter
-    from specdec.tuning import MODEL_SHAPES
+def _specs(asked: Sequence[str], can_tree: bool) -> list[str]:
+    """Each drafter once, a draft model in all shapes that it ``can_tree`` draft; plain decoding takes part anyway."""
+    from specdec.tuning import MODEL_CHAINS, MODEL_TREES
 
-    for spec in asked:
-        parse_drafter(spec)
+    shapes = (*MODEL_CHAINS, *MODEL_TREES) if can_tree else MODEL_CHAINS
     named = [spec for spec in dict.fromkeys(asked) if spec != "none"]
-    return [each for spec in named for each in (MODEL_SHAPES if spec == "model" else (spec,))]
+    return [each for spec in named for each in (shapes if spec == "model" else (spec,))]
 
 
 def _batch_sizes(text: str) -> list[int]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import entry_points
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from specdec.interfaces import DraftContext, Drafter
@@ -39,6 +41,22 @@ _OPTION = re.compile(
 def drafter_names() -> list[str]:
     """All names: our own, then those of other installed packages."""
     return [*DRAFTERS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in DRAFTERS)]
+
+
+def tuned_file(drafter: str | PathLike[str]) -> Path | None:
+    """The file of ``specdec tune`` that ``drafter`` is, or None: then it is the text of a drafter, or of nothing known.
+
+    A path object is always such a file. Text is the name of a drafter, alone or with options behind a colon, before it
+    is a file, which exists or at least ends in .json: ``model:shape=best.json`` is a drafter, ``C:/best.json`` a file.
+    """
+    if not isinstance(drafter, str):
+        return Path(drafter).expanduser()
+    name, colon, rest = drafter.partition(":")
+    if name in drafter_names():
+        return None
+    path = Path(drafter).expanduser()
+    is_misspelt = colon and "=" in rest and len(name) > 1 and "/" not in name and "\\" not in name
+    return path if path.is_file() or (path.suffix.lower() == ".json" and not is_misspelt) else None
 
 
 def parse_drafter(text: str) -> tuple[str, dict[str, Any]]:
@@ -105,7 +123,8 @@ def build_drafter(name: str, context: DraftContext) -> Drafter:
 
 def _check_name(name: str) -> None:
     if name not in drafter_names():
-        raise ValueError(f"no drafter is called {name!r}; choose one of {', '.join(drafter_names())}")
+        hint = "; settings of specdec tune are passed as --config on the command line" if name.endswith(".json") else ""
+        raise ValueError(f"no drafter is called {name!r}; choose one of {', '.join(drafter_names())}{hint}")
 
 
 def _read(text: str) -> Any:

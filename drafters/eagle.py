@@ -18,7 +18,7 @@ from specdec.tree import TokenTree
 
 
 @dataclass(slots=True)
-class EagleDrafter:
+class EagleDrafter(Drafter):
     """Grows trees with an EAGLE head: one small pass for each level of all trees.
 
     A row's first step has no draft, because the target has not processed its prompt yet.
@@ -27,13 +27,11 @@ class EagleDrafter:
         engine: the head beside its target.
         shape: which nodes get children (see Shape).
         children: how they are chosen; drawn ones are handed on with distributions over the target's vocabulary.
-        draw_offset: keeps the random numbers of several drawing drafters apart (see HybridDrafter).
     """
 
     engine: EagleEngine
     shape: Shape
     children: Children = Children.CERTAIN
-    draw_offset: int = 0
     name: str = "eagle"
     _begun: set[Row] = field(default_factory=set, init=False)
     _vocab: DraftVocab = field(init=False)
@@ -61,7 +59,7 @@ class EagleDrafter:
         trees = []
         for row, limit in zip(rows, limits, strict=True):
             here = noise.at(row.key, len(row.tokens))
-            trees.append(Growing(row, limit, self.shape, self.children, params, here, self.draw_offset, self._vocab))
+            trees.append(Growing(row, limit, self.shape, self.children, params, here, self._vocab))
             if not self.engine.is_ready(row):
                 trees[-1].frontier = []
         grow(self.engine, trees)

@@ -21,10 +21,10 @@ from specdec.cache import RaggedCache
 from specdec.drafters.eagle_cell import EagleCell, FeatureCell, pack_cell
 from specdec.drafters.shipped import draft_dtype
 from specdec.grouped_attention import grouped_attention
-from specdec.interfaces import Row, Scores
+from specdec.interfaces import ModelTarget, Row, Scores
 from specdec.packed_linear import is_packed
 from specdec.passes import Lines, Part, in_lockstep, mask_plan, pass_slots
-from specdec.target import PREFILL_CHUNK, CausalLM
+from specdec.target import PREFILL_CHUNK
 from specdec.tree import TokenTree
 
 
@@ -38,7 +38,7 @@ class EagleEngine:
     """
 
     def __init__(
-        self, cell: EagleCell | FeatureCell, target: CausalLM, clock: Callable[[], float] = time.perf_counter
+        self, cell: EagleCell | FeatureCell, target: ModelTarget, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.target = target
         if isinstance(cell, EagleCell):

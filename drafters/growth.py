@@ -71,6 +71,16 @@ class Shape:
     def is_chain(self) -> bool:
         return set(self.widths) == {1}
 
+    @property
+    def branches_inside(self) -> bool:
+        """Whether several nodes of a level may have children: then a draft model must be able to read trees."""
+        if self.static is not None:
+            depths = [len(parent) for parent in {path[:-1] for path in self.static.paths}]
+            return len(depths) > len(set(depths))
+        if self.widths:
+            return any(width > 1 for width in self.widths[:-1])
+        return self.top_k > 1 and self.depth > 1
+
     def num_children(self, path: RankPath) -> int:
         """How many children the node at ``path`` gets: its rank among its siblings, and its ancestors' before it."""
         if self.static is not None:
@@ -87,7 +97,7 @@ class Shape:
         Raises:
             ValueError: another form, or a file that holds no shape.
         """
-        if text.endswith(".json"):
+        if text.lower().endswith(".json"):
             return cls((), top_k, depth, min_confidence, read_shape(text, num_nodes))
         if text == "chain":
             return cls((1,) * depth, top_k, depth, min_confidence)
@@ -131,7 +141,6 @@ class Growing:
     children: Children
     params: SamplingParams
     noise: RowNoise
-    draw_offset: int = 0  # where this drafter's random numbers start among those of its row and step
     vocab: DraftVocab | None = None  # None: the draft's logits are over the target's vocabulary
     tokens: list[int] = field(init=False)
     parents: list[int] = field(default_factory=lambda: [-1])
@@ -221,7 +230,7 @@ class Growing:
         return grown
 
     def _draw_children(self, node: int, probs: Tensor, count: int, depth: int) -> list[int]:
-        index = self.draw_offset + len(self.tokens)
+        index = len(self.tokens)
         source = len(self.draft_probs)
         if self.children is Children.TOP_PLUS_ONE and count > 1:
             top = probs.topk(min(count - 1, int((probs > 0).sum()))).indices.tolist()

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from specdec.budget import Calibration
 from specdec.drafters.merge import merge
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.noise import Noise
+from specdec.noise import Noise, PartNoise
+from specdec.release import call_all
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree, best_part
 
 ENOUGH = 2.0  # accepted tokens: more are rarely won by also running a network
-_OFFSET = 4096  # random numbers of one drawing part in one step
 
 
 @dataclass(slots=True)
-class HybridDrafter:
+class HybridDrafter(Drafter):
     """Merges the trees of ``parts``.
 
     Drawn trees are always kept whole, because dropping a drawn node for what it is would not be exact: drafters that
-    draw (``is_drawing``) share the budget in equal parts, fixed beforehand, and have random numbers of their own
-    (``draw_offset``). What they leave of the budget goes to the best nodes that the others picked. Each part's estimates
-    are calibrated by what was accepted.
+    draw (``is_drawing``) share the budget in equal parts, fixed beforehand, and draw by numbers of their own
+    (``PartNoise``). What they leave of the budget goes to the best nodes that the others picked. Each part's estimates
+    are calibrated by what was accepted. A part may be a hybrid itself.
 
     Drafters that run a network level by level (``is_costly``) are asked last, and not for rows in which the others'
     trees already promise ``enough`` accepted tokens.
@@ -38,16 +39,26 @@ class HybridDrafter:
     name: str = "hybrid"
     enough: float = ENOUGH
     _calibrations: list[Calibration] = field(init=False)
-    _drawing: list[Drafter] = field(init=False)
+    _drawing: list[int] = field(init=False)  # the parts that draw
     _proposed: dict[Row, list[TokenTree]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if len(self.parts) < 2:
             raise ValueError(f"a hybrid needs at least two drafters, got {len(self.parts)}")
+        for part in self.parts:
+            _check_declared(part)
         self._calibrations = [Calibration() for _ in self.parts]
-        self._drawing = [part for part in self.parts if getattr(part, "is_drawing", False)]
-        for i, part in enumerate(self._drawing):
-            part.draw_offset = i * _OFFSET  # type: ignore[attr-defined]
+        self._drawing = [k for k, part in enumerate(self.parts) if part.is_drawing]
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether any part is."""
+        return any(part.is_costly for part in self.parts)
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether any part is."""
+        return bool(self._drawing)
 
     def begin(self, rows: Sequence[Row]) -> None:
         for part in self.parts:
@@ -59,15 +70,16 @@ class HybridDrafter:
         proposals: list[list[TokenTree]] = [[] for _ in self.parts]
         calibrated: list[list[TokenTree]] = [[] for _ in self.parts]
         promised = [0.0] * len(rows)
-        for k in sorted(range(len(self.parts)), key=lambda k: _is_costly(self.parts[k])):
-            part, shares = self.parts[k], self._share(self.parts[k], limits)
-            is_costly = _is_costly(part)
-            if is_costly:
+        for k in sorted(range(len(self.parts)), key=lambda k: self.parts[k].is_costly):
+            part, shares = self.parts[k], self._share(k, limits)
+            if part.is_costly:
                 none = (replace(share, depth=0, nodes=0) for share in shares)
                 shares = [n if p >= self.enough else s for s, n, p in zip(shares, none, promised, strict=True)]
-            proposals[k] = part.propose(rows, shares, params, noise)
+            proposals[k] = part.propose(rows, shares, params, PartNoise(noise, k, len(self.parts)))
+            if k not in self._drawing:
+                _check_certain(part.name, proposals[k])
             calibrated[k] = [self._calibrated(k, tree) for tree in proposals[k]]
-            if not is_costly:
+            if not part.is_costly:
                 promised = [max(p, sum(t.estimates[1:])) for p, t in zip(promised, calibrated[k], strict=True)]
         self._proposed.update(zip(rows, map(list, zip(*proposals, strict=True)), strict=True))
         return [_combine(own, limit) for own, limit in zip(zip(*calibrated, strict=True), limits, strict=True)]
@@ -84,14 +96,13 @@ class HybridDrafter:
     def end(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._proposed.pop(row, None)
-        for part in self.parts:
-            part.end(rows)
+        call_all(partial(part.end, rows) for part in self.parts)
 
-    def _share(self, part: Drafter, limits: Sequence[Limit]) -> Sequence[Limit]:
+    def _share(self, part: int, limits: Sequence[Limit]) -> Sequence[Limit]:
         """The limits of one part: drawn trees are kept whole, so that they must fit beside each other."""
         if part not in self._drawing:
             return limits
-        if limits and limits[0].chain_only and part is not self._drawing[0]:
+        if limits and limits[0].chain_only and part != self._drawing[0]:
             return [replace(limit, depth=0, nodes=0) for limit in limits]
         count = 1 if limits and limits[0].chain_only else len(self._drawing)
         return [replace(limit, nodes=limit.nodes // count) for limit in limits]
@@ -102,8 +113,20 @@ class HybridDrafter:
         return replace(tree, estimates=tuple(self._calibrations[part].values(tree)))
 
 
-def _is_costly(part: Drafter) -> bool:
-    return bool(getattr(part, "is_costly", False))
+def _check_declared(part: Drafter) -> None:
+    """Refuse a part that leaves open how it must be treated; drafters of other packages are not type-checked."""
+    missing = [trait for trait in ("is_costly", "is_drawing") if not hasattr(part, trait)]
+    if missing:
+        raise ValueError(
+            f"drafter {part.name!r} must declare {' and '.join(missing)} to be part of a hybrid: let "
+            f"{type(part).__name__} inherit from specdec.interfaces.Drafter, or define them"
+        )
+
+
+def _check_certain(name: str, trees: Sequence[TokenTree]) -> None:
+    """Drawn nodes of a part that is not known to draw could be dropped for what they are."""
+    if not all(tree.is_certain for tree in trees):
+        raise ValueError(f"drafter {name!r} draws nodes, so its is_drawing must be True for it to be part of a hybrid")
 
 
 def _combine(trees: Sequence[TokenTree], limit: Limit) -> TokenTree:

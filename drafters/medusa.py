@@ -19,18 +19,17 @@ from specdec.drafters.medusa_heads import MedusaHeads, load_medusa, pack_heads
 from specdec.drafters.ranking import DraftVocab, ranking
 from specdec.drafters.shapes import Path, StaticShape, Table, greedy_growth
 from specdec.drafters.shipped import draft_dtype, engine_of, find, kept, version
-from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
+from specdec.interfaces import DraftContext, Drafter, Limit, ModelTarget, Row, Scores, Verdict
 from specdec.noise import Noise
 from specdec.packed_linear import is_packed, pack
 from specdec.sampling import SamplingParams
-from specdec.target import CausalLM
 from specdec.tree import TokenTree, best_part
 
 CHOICES = ("static", "dynamic")
 
 
 @dataclass(slots=True)
-class MedusaDrafter:
+class MedusaDrafter(Drafter):
     """Proposes the most probable paths through the heads' best tokens, all picked with certainty.
 
     A row's first step has no draft, because the target has not processed its prompt yet.
@@ -44,7 +43,7 @@ class MedusaDrafter:
     """
 
     heads: MedusaHeads
-    target: CausalLM
+    target: ModelTarget
     choices: str = "dynamic"
     children: Children = Children.CERTAIN
     top_k: int = 10

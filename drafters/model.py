@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specdec.drafters.growth import Children, Growing, Shape, choose_children, grow
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.errors import UnsupportedModelError
-from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
+from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Target, Verdict
 from specdec.noise import Noise
 from specdec.sampling import SamplingParams
 from specdec.target import CausalLM
 from specdec.tree import TokenTree
+from specdec.wrapped import described
 
 _PADDING = 0.01  # share of a vocabulary that may be padding
 
 
 @dataclass(slots=True)
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """Drafts with a causal LM that shares the target's vocabulary: one forward pass for each level of all trees.
 
     Each level of every row is one pass under the draft model's own tree mask. After verification its cache keeps the
-    accepted path, so nothing is processed twice.
+    accepted path, so nothing is processed twice. A row that the draft model has no token ids or no positions for goes on
+    without drafts. A draft model that reads chains only gets chains, whatever the shape.
 
     Args:
         engine: the draft model.
         shape: which nodes get children (see Shape).
         children: how they are chosen; drawn ones are handed on with the distributions they were drawn from.
         vocab_size: the target's, if it differs from the draft model's by padding.
-        draw_offset: keeps the random numbers of several drawing drafters apart (see HybridDrafter).
     """
 
     engine: CausalLM
     shape: Shape
     children: Children = Children.CERTAIN
     vocab_size: int | None = None  # the target's, where it differs in padding
-    draw_offset: int = 0
     name: str = "model"
     _growing: dict[Row, Growing | None] = field(default_factory=dict, init=False)
 
@@ -52,21 +52,22 @@ class ModelDrafter:
         return self.children.is_drawn
 
     def begin(self, rows: Sequence[Row]) -> None:
-        known = [row for row in rows if max(row.tokens) < self.engine.vocab_size]
-        self.engine.open(known)
+        known = [row for row in rows if self._can_read(row, row.tokens)]
+        self.engine.open(known, may_outgrow=True)
         self._growing.update((row, None) for row in known)
 
     def propose(
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
     ) -> list[TokenTree]:
-        trees = [
-            Growing(row, limit, self.shape, self.children, params, noise.at(row.key, len(row.tokens)), self.draw_offset)
-            for row, limit in zip(rows, limits, strict=True)
-        ]
-        for tree in trees:
-            if not self._can_read(tree.row):
-                tree.frontier = []
-        self._growing.update((tree.row, tree) for tree in trees if tree.row in self._growing)
+        self._drop_unreadable(rows)
+        trees = []
+        for row, limit in zip(rows, limits, strict=True):
+            here = noise.at(row.key, len(row.tokens))
+            trees.append(Growing(row, self._own_limit(row, limit), self.shape, self.children, params, here))
+            if row in self._growing:
+                self._growing[row] = trees[-1]
+            else:
+                trees[-1].frontier = []
         grow(self.engine, trees, self.vocab_size)
         return [tree.proposal() for tree in trees]
 
@@ -87,12 +88,24 @@ class ModelDrafter:
             del self._growing[row]
         self.engine.close(begun)
 
-    def _can_read(self, row: Row) -> bool:
-        """Whether the draft model has an id for every token of the row; once it has not, the row is left alone."""
-        if row in self._growing and max(row.tokens[-1 - row.num_new :]) >= self.engine.vocab_size:
-            self.engine.close([row])
-            del self._growing[row]
-        return row in self._growing
+    def _drop_unreadable(self, rows: Sequence[Row]) -> None:
+        """Leave rows alone that have become what the draft model cannot read."""
+        begun = (row for row in rows if row in self._growing)
+        self.end([row for row in begun if not self._can_read(row, row.tokens[-1 - row.num_new :])])
+
+    def _can_read(self, row: Row, new_tokens: Sequence[int]) -> bool:
+        """Whether the draft model has an id for each of the row's ``new_tokens`` and a position for its root."""
+        context = self.engine.context_length
+        return max(new_tokens) < self.engine.vocab_size and (context is None or len(row.tokens) <= context)
+
+    def _own_limit(self, row: Row, limit: Limit) -> Limit:
+        """``limit`` within what the draft model can read: its positions, and chains if these are all it reads."""
+        context = self.engine.context_length
+        if context is not None:  # the deepest nodes are proposed unread
+            limit = replace(limit, depth=min(limit.depth, max(context + 1 - len(row.tokens), 0)))
+        if self.engine.chain_only and self.shape.branches_inside:
+            limit = replace(limit, chain_only=True)
+        return limit
 
 
 def build(context: DraftContext) -> Drafter:
@@ -117,17 +130,24 @@ def _build(
         min_confidence = 0.3 if shape == "chain" else 0.0
     form = Shape.parse(str(shape), top_k, num_tokens, min_confidence, nodes)
     chosen = choose_children(children, context.verifier.is_coupled, form)
+    takes_trees = not (context.target.chain_only or context.verifier.chain_only)  # else every shape gives a chain
+    recorders = context.target.recorders if isinstance(context.target, CausalLM) else None
+    size = context.target.vocab_size
     parts = []
     for model in context.draft_models:
-        engine = CausalLM(model, recorders=getattr(context.target, "recorders", None))
+        engine = CausalLM(model, recorders=recorders)
         check_vocabulary(engine, context.target)
-        size: int = context.target.vocab_size  # type: ignore[attr-defined]
+        if takes_trees and form.branches_inside and engine.chain_only:
+            raise ValueError(
+                f"draft model {described(engine.module)} reads chains only ({engine.support.reason}), so it cannot draft "
+                f"shape={shape}; use shape=chain"
+            )
         parts.append(ModelDrafter(engine, form, chosen, size if size != engine.vocab_size else None))
     # Several draft models: SpecInfer's merge-based speculation.
     return parts[0] if len(parts) == 1 else HybridDrafter(parts, name="model")
 
 
-def check_vocabulary(engine: CausalLM, target: Any) -> None:
+def check_vocabulary(engine: CausalLM, target: Target) -> None:
     """Refuse a draft model whose token ids cannot mean the same.
 
     Vocabularies of one family often differ in padding, rows at the end that no tokenizer uses: those are cut or
@@ -139,6 +159,7 @@ def check_vocabulary(engine: CausalLM, target: Any) -> None:
     sizes = sorted((engine.vocab_size, target.vocab_size))
     if sizes[1] - sizes[0] > max(_PADDING * sizes[1], 0):
         raise UnsupportedModelError(
-            f"the draft model has {engine.vocab_size} token ids and the target {target.vocab_size}: they do not share "
-            "a tokenizer; use a draft model of the same family, or a drafter without a model such as 'ngram'"
+            f"draft model {described(engine.module)} has {engine.vocab_size} token ids and the target "
+            f"{target.vocab_size}: they do not share a tokenizer; use a draft model of the same family, or a drafter "
+            "without a model such as 'ngram'"
         )

@@ -75,7 +75,7 @@ class ContextIndex:
 
 
 @dataclass(slots=True)
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Drafts from the row's own text; no model, no training.
 
     Args:

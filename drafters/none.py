@@ -12,7 +12,7 @@ from specdec.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True)
-class NoDrafter:
+class NoDrafter(Drafter):
     """Proposes nothing: the baseline of every comparison, in the same loop."""
 
     name: str = "none"

@@ -37,7 +37,7 @@ from specdec.drafters.successors import (
     classes_of,
     keys_of,
 )
-from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
+from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Target, Verdict
 from specdec.noise import Noise
 from specdec.sampling import SamplingParams
 from specdec.target import CausalLM
@@ -89,7 +89,7 @@ class ClassRates:
 
 
 @dataclass(slots=True)
-class RecyclingDrafter:
+class RecyclingDrafter(Drafter):
     """Drafts from what the target itself thought likely in the same context before; no model, no training.
 
     Every node is picked with certainty. What a table made ahead knows of a context counts beside what was seen in this
@@ -357,11 +357,10 @@ def build(context: DraftContext) -> Drafter:
 
 
 def _build(context: DraftContext, start: Any = "auto", **options: Any) -> Drafter:
-    target: Any = context.target
-    return RecyclingDrafter(target.vocab_size, start=_start(target, start), **options)
+    return RecyclingDrafter(context.target.vocab_size, start=_start(context.target, start), **options)
 
 
-def _start(target: Any, start: Any) -> StartTable | None:
+def _start(target: Target, start: Any) -> StartTable | None:
     """The table in the folder ``start``; with "auto" the shipped one, if it was made for this target."""
     if start == "auto":
         folder = SHIPPED / _SHIPPED

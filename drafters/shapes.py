@@ -13,6 +13,9 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import index
+
+from specdec.tuned import KIND, load_tuned
 
 Path = tuple[int, ...]
 Table = Sequence[Sequence[float]]  # (D, R)
@@ -29,6 +32,7 @@ class StaticShape:
         for path in self.paths:
             if (
                 not path
+                or path[-1] < 0
                 or (path[:-1] and path[:-1] not in known)
                 or (path[-1] > 0 and (*path[:-1], path[-1] - 1) not in known)
             ):
@@ -160,14 +164,31 @@ def read_shape(file: str, num_nodes: int) -> StaticShape:
     """
     try:
         content = json.loads(pathlib.Path(file).expanduser().read_text("utf-8"))
-        if "choices" in content:
-            paths = sorted((tuple(map(int, path)) for path in content["choices"]), key=lambda path: (len(path), path))
-            return StaticShape(tuple(paths))
-        table = next(entry["acceptance_table"] for entry in content["entries"] if entry["acceptance_table"])
     except OSError as error:
         raise ValueError(f"cannot read the shape in {file}: {error.strerror}") from None
-    except (KeyError, TypeError, json.JSONDecodeError, StopIteration):
+    except ValueError:
+        content = None
+    try:
+        if isinstance(content, dict) and "choices" in content:
+            paths = {tuple(map(index, path)) for path in content["choices"]}
+            shape = StaticShape(tuple(sorted(paths, key=lambda path: (len(path), path))))
+        elif isinstance(content, dict) and content.get("kind") == KIND:
+            shape = _measured_shape(file, num_nodes)
+        else:
+            raise TypeError("it has neither")
+        if not shape.paths:
+            raise ValueError("its tree is empty")
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} holds no tree shape: it needs choices ([[0], [1], [0, 0], ...]), or a table measured by specdec tune"
+            f"{file} holds no tree shape ({error}): it needs choices ([[0], [1], [0, 0], ...]), or a table measured by "
+            "specdec tune"
         ) from None
+    return shape
+
+
+def _measured_shape(file: str, num_nodes: int) -> StaticShape:
+    """The best shape for the smallest batch size that a tuned file has a table for."""
+    table = next((entry.acceptance_table for entry in load_tuned(file).entries if entry.acceptance_table), None)
+    if table is None:
+        raise ValueError("it has no acceptance table, because too few drafts were verified")
     return sequoia(table, num_nodes)

@@ -11,8 +11,8 @@ import torch
 
 from specdec.drafters.checkpoint_io import CONFIG, read_json
 from specdec.errors import UnsupportedModelError
+from specdec.interfaces import ModelTarget, Target
 from specdec.packed_linear import is_packed, packing_fault
-from specdec.target import CausalLM
 
 T = TypeVar("T")
 
@@ -21,13 +21,13 @@ _NUM_ROWS = 16  # embeddings that a fingerprint looks at
 _TOLERANCE = 0.02  # their norms, relative: the same weights in another precision are far below it
 
 
-def engine_of(target: object, drafter: str) -> CausalLM:
+def engine_of(target: Target, drafter: str) -> ModelTarget:
     """``target`` if it can show hidden states.
 
     Raises:
         UnsupportedModelError: it cannot.
     """
-    if not isinstance(target, CausalLM):
+    if not isinstance(target, ModelTarget):
         raise UnsupportedModelError(f"drafter {drafter!r} reads hidden states, which {type(target).__name__} has not")
     return target
 
@@ -49,7 +49,7 @@ def target_facts(model: Any) -> dict[str, Any]:
     }
 
 
-def find(drafter: str, shipped: str, target: CausalLM, path: object) -> Path:
+def find(drafter: str, shipped: str, target: ModelTarget, path: object) -> Path:
     """The checkpoint at ``path``, or without one the folder ``shipped``, if it was made for ``target``.
 
     Raises:
@@ -69,12 +69,12 @@ def find(drafter: str, shipped: str, target: CausalLM, path: object) -> Path:
     return folder
 
 
-def shipped_fault(folder: Path, target: CausalLM) -> str:
+def shipped_fault(folder: Path, target: ModelTarget) -> str:
     """How the target that the shipped ``folder`` was made for differs from ``target``; empty if it does not."""
     return mismatch(read_json(folder / CONFIG).get("specdec_target") or {}, target_facts(target.model))
 
 
-def draft_dtype(target: CausalLM) -> torch.dtype:
+def draft_dtype(target: ModelTarget) -> torch.dtype:
     """What a head runs in: the target's dtype, or bfloat16 beside a packed float32 target on a CPU that has it.
 
     Drafts decide how fast the text comes, never what it says, and on a CPU half the bytes is half the time.
@@ -88,7 +88,7 @@ def draft_dtype(target: CausalLM) -> torch.dtype:
 _KEPT: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
-def kept(target: CausalLM, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+def kept(target: ModelTarget, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """What ``make`` makes for a target, made once for as long as the target's model lives.
 
     generate() builds its drafter at every call, which must not read and lay out a head's weights anew.

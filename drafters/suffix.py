@@ -48,7 +48,7 @@ class _Match:
 
 
 @dataclass(slots=True)
-class SuffixDrafter:
+class SuffixDrafter(Drafter):
     """Drafts from the row's own text and from earlier outputs; no model, no training.
 
     Every node is picked with certainty.

@@ -15,7 +15,7 @@ from specdec.tree import TokenTree
 
 
 @dataclass(slots=True)
-class RepeatDrafter:
+class RepeatDrafter(Drafter):
     """Proposes a chain of at most ``num_tokens`` tokens, copied from the row itself."""
 
     num_tokens: int = 4

@@ -173,7 +173,7 @@ class RaggedCache:
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` slots of one row over another row's."""
         for layer in self.layers:
-            if layer.is_initialized:
+            if layer.is_initialized and length:  # without any, the source may be a row that no pass has made room for
                 for buffer in (layer.keys, layer.values):
                     buffer[target, :, :length] = buffer[source, :, :length]
 

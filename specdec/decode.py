@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 from specdec.budget import Budget, FixedBudget
@@ -17,6 +18,7 @@ from specdec.device_verdicts import verdicts_on_device
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetProbs, Verdict, Verifier
 from specdec.noise import Noise
 from specdec.policy import Policy
+from specdec.release import call_all
 from specdec.tree import TokenTree
 
 
@@ -48,15 +50,16 @@ class Decoder:
         """Generate every row to its end, at most ``max_rows`` at a time; rows join as others finish.
 
         Yields each row's share of each pass; tokens are appended to ``row.tokens``. A row ends at its ``max_tokens``
-        or where ``stop`` says so, and tokens accepted beyond that are dropped. Leaving early frees all rows.
+        or where ``stop`` says so, and tokens accepted beyond that are dropped. Leaving early frees all rows, and so
+        does any error, of which the first is raised.
         """
         waiting, active = iter(rows), list[Row]()
         try:
             while True:
                 joining = list(islice(waiting, None if max_rows is None else max_rows - len(active)))
                 if joining:
+                    active += joining  # first: what is opened half-way has to be released, too
                     self.target.open(joining)
-                    active += joining
                     self.drafter.begin(joining)
                 if not active:
                     return
@@ -66,15 +69,19 @@ class Decoder:
                     active = [e.row for e in emissions if not e.step.finished]
                     self._leave(done)
                 yield from emissions
-        finally:
+        except GeneratorExit:  # the caller has seen enough
             self._leave(active)
+            raise
+        except BaseException as error:
+            self._leave(active, during=error)
+            raise
 
     def step(self, rows: Sequence[Row]) -> list[Emission]:
         """One pass for all rows: each emits at least one token."""
         started = self.clock()
         limits = self.budget.limits(rows, self.target.chain_only or self.verifier.chain_only)
         proposed = self.drafter.propose(rows, limits, self.policy.params, self.noise)
-        _check_trees(rows, proposed, limits, self.drafter.name)
+        _check_trees(rows, proposed, limits, self.target.vocab_size, self.drafter.name)
         trees = self.budget.cut(rows, proposed)
         drafted = self.clock()
         scores = self.target.score(rows, trees)
@@ -116,12 +123,13 @@ class Decoder:
                 return True
         return False
 
-    def _leave(self, rows: Sequence[Row]) -> None:
-        self.drafter.end(rows)
-        self.target.close(rows)
+    def _leave(self, rows: Sequence[Row], during: BaseException | None = None) -> None:
+        call_all((partial(self.drafter.end, rows), partial(self.target.close, rows)), during)
 
 
-def _check_trees(rows: Sequence[Row], trees: Sequence[TokenTree], limits: Sequence[Limit], name: str) -> None:
+def _check_trees(
+    rows: Sequence[Row], trees: Sequence[TokenTree], limits: Sequence[Limit], vocab_size: int, name: str
+) -> None:
     if len(trees) != len(rows):
         raise ValueError(f"drafter {name!r} must propose one tree for each of {len(rows)} rows, got {len(trees)}")
     for row, tree, limit in zip(rows, trees, limits, strict=True):
@@ -129,6 +137,11 @@ def _check_trees(rows: Sequence[Row], trees: Sequence[TokenTree], limits: Sequen
             raise ValueError(f"drafter {name!r} must root its tree at the row's newest token, got {tree.tokens[0]}")
         if len(tree) - 1 > limit.nodes or (len(tree) > 1 and max(tree.depths()) > limit.depth):
             raise ValueError(f"drafter {name!r} must keep within {limit}, got parents {tree.parents}")
+        if min(tree.tokens) < 0 or max(tree.tokens) >= vocab_size:
+            wrong = next(token for token in tree.tokens if not 0 <= token < vocab_size)
+            raise ValueError(
+                f"drafter {name!r} must propose token ids of the target's vocabulary, 0 to {vocab_size - 1}, got {wrong}"
+            )
 
 
 def _record(

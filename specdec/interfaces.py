@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from specdec.noise import Noise, RowNoise
@@ -104,11 +105,15 @@ class Target(Protocol):
     """The model whose distribution is kept. ``score`` is ONE forward pass for all rows."""
 
     @property
+    def vocab_size(self) -> int:
+        """V: token ids are in [0, V)."""
+
+    @property
     def chain_only(self) -> bool:
         """Whether it can verify chains only."""
 
     def open(self, rows: Sequence[Row]) -> None:
-        """Make room for ``rows``; their prompts are processed by the first ``score``."""
+        """Make room for ``rows``, for all of them or none; their prompts are processed by the first ``score``."""
 
     def score(self, rows: Sequence[Row], trees: Sequence[TokenTree]) -> list[Scores]:
         """Logits of every node; the root of each tree is its row's newest token."""
@@ -117,15 +122,55 @@ class Target(Protocol):
         """Keep the cache entries of ``paths`` (root first) of the trees just scored and drop the others."""
 
     def close(self, rows: Sequence[Row]) -> None:
-        """Free what ``rows`` hold."""
+        """Free what ``rows`` hold; rows that were never opened are ignored."""
+
+
+@runtime_checkable
+class ModelTarget(Target, Protocol):
+    """A target that runs a transformers model and shows its hidden states: what drafters with trained heads need."""
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its embeddings are."""
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+
+    def request(self, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
+        """Return the input of the output matrix, and these entries of ``hidden_states``, with every pass from now on."""
+
+    def hidden(self, scores: Scores) -> Tensor:
+        """(p + n, H) the requested input of the output matrix."""
+
+    def features(self, scores: Scores, layers: Sequence[int]) -> Tensor:
+        """(p + n, F) the requested ``layers`` side by side, whatever others have requested."""
 
 
 class Drafter(Protocol):
-    """Proposes trees. State belongs to rows that were begun and not yet ended."""
+    """Proposes trees. State belongs to rows that were begun and not yet ended.
+
+    A drafter inherits from this class, which gives it the defaults of the traits ``is_costly`` and ``is_drawing`` and
+    nothing else, or declares them itself.
+    """
 
     @property
     def name(self) -> str:
         """Its name in tables and traces."""
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether each level of a tree takes a pass of a network: a hybrid asks such a part last, and not always."""
+        return False
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether its trees may hold drawn nodes: a hybrid keeps these whole, and divides the limit beforehand."""
+        return False
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Rows join with their prompts."""

@@ -53,6 +53,47 @@ class Noise(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PartNoise:
+    """The noise of one of ``num_parts`` drafters that draft for the same step: no two of them draw by the same number.
+
+    A part that has parts of its own divides what it was given, to any depth. The target's own choice, stream TARGET, is
+    every part's, because that is what a drafter shares with the verifier.
+    """
+
+    noise: Noise
+    part: int
+    num_parts: int
+
+    def at(self, row: int, position: int) -> PartRowNoise:
+        return PartRowNoise(self.noise.at(row, position), self.part, self.num_parts)
+
+
+@dataclass(frozen=True, slots=True)
+class PartRowNoise:
+    """See :class:`PartNoise`."""
+
+    noise: RowNoise
+    part: int
+    num_parts: int
+
+    def draw(self, probs: Tensor, depth: int, stream: Stream = Stream.TARGET, index: int = 0) -> int:
+        return self.noise.draw(probs, depth, stream, index if stream is Stream.TARGET else self._own(index))
+
+    def gumbel(self, tokens: Tensor, depth: int) -> Tensor:
+        return self.noise.gumbel(tokens, depth)
+
+    def race(self, probs: Tensor, count: int, depth: int, index: int = 0) -> list[int]:
+        return self.noise.race(probs, count, depth, self._own(index))
+
+    def coin(self, prob: float, depth: int, index: int = 0) -> bool:
+        return self.noise.coin(prob, depth, self._own(index))
+
+    def _own(self, index: int) -> int:
+        """Every ``num_parts``-th index is this part's."""
+        return index * self.num_parts + self.part
+
+
+@dataclass(frozen=True, slots=True)
 class PhiloxNoise:
     """Noise tied to (seed, row, absolute position).
 

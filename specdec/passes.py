@@ -72,10 +72,10 @@ class Lines:
 
     def open(self, rows: Sequence[Row], cache: RaggedCache) -> None:
         """Give each row a line behind those in use."""
+        cache.reserve_rows(len(self._by_index) + len(rows))  # if there is no room, no row is open
         for row in rows:
             self._lines[row] = Line(len(self._by_index))
             self._by_index.append(row)
-        cache.reserve_rows(len(self._by_index))
 
     def close(self, rows: Sequence[Row], cache: RaggedCache) -> None:
         """Forget ``rows``; the last line moves into each gap."""

@@ -15,6 +15,7 @@ from specdec.attention import MaskStyle, mask_style
 from specdec.errors import NonFiniteLogitsError, UnsupportedModelError
 from specdec.interfaces import Row, Scores
 from specdec.tree import TokenTree
+from specdec.wrapped import model_inside, takes
 
 # Cache layers whose entries can be dropped one by one: what a branching or rejected draft needs.
 _PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
@@ -37,7 +38,7 @@ class Support:
 
 
 class _Scorer(Protocol):
-    model: Any
+    module: Any
     vocab_size: int
 
     def open(self, rows: Sequence[Row]) -> None: ...
@@ -46,12 +47,13 @@ class _Scorer(Protocol):
     def reset(self) -> None: ...
 
 
-def inspect_model(model: Any) -> Support:
-    """What the model's config and classes say, without running it.
+def inspect_model(module: Any) -> Support:
+    """What the config and classes of a model, or of the one inside a wrapper, say without running it.
 
     Raises:
         UnsupportedModelError: no causal language model, or one whose state cannot drop a rejected token.
     """
+    model = model_inside(module)
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -63,12 +65,12 @@ def inspect_model(model: Any) -> Support:
     _refuse_recurrent(model, config, name)
     limit, reason = _position_limit(config)
     decoder = model.get_decoder()
-    module = sys.modules[type(decoder).__module__]
+    code = sys.modules[type(decoder).__module__]
     by_layer_type = getattr(config, "layer_types", None) is not None and _takes_masks_by_type(decoder)
-    style = mask_style(config, config._attn_implementation or "eager", model.dtype, module, by_layer_type)
+    style = mask_style(config, config._attn_implementation or "eager", model.dtype, code, by_layer_type)
     if isinstance(style, str):
         return Support(False, style, None, limit, reason)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes(module, "position_ids"):
         return Support(
             False, "its forward takes no position_ids, so siblings cannot share a position", None, limit, reason
         )
@@ -153,7 +155,7 @@ def probe(target: _Scorer, branching: bool) -> str:
         return f"its own code fails on a small {shape}: {type(error).__name__}: {error}"
     finally:
         target.reset()
-    if all(_agree(target.model, tokens, logits) for tokens, logits in leaves):
+    if all(_agree(target.module, tokens, logits) for tokens, logits in leaves):
         return ""
     return f"a small {shape} gave other logits than plain forwards of its paths"
 
@@ -183,9 +185,10 @@ def _score_chains(target: _Scorer, ids: list[int]) -> list[tuple[list[int], Tens
 
 
 @torch.no_grad()
-def _agree(model: Any, tokens: list[int], logits: Tensor) -> bool:
+def _agree(module: Any, tokens: list[int], logits: Tensor) -> bool:
+    model = model_inside(module)
     device = model.get_input_embeddings().weight.device
-    plain = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].double()
+    plain = module(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].double()
     if not bool(plain.isfinite().all()):
         name = type(model).__name__
         raise NonFiniteLogitsError(

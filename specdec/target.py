@@ -7,7 +7,6 @@ are aligned at the left, without holes. Letters: B rows, T columns, n nodes, p p
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from specdec.passes import Lines, Part, in_lockstep, in_order, mask_plan, pass_s
 from specdec.probe import Support, inspect_model, probe
 from specdec.recording import Recorder
 from specdec.tree import TokenTree
+from specdec.wrapped import model_inside, takes
 
 PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
 
@@ -39,7 +39,8 @@ class CausalLM:
     """A transformers causal LM as a target (or as the model behind a drafter).
 
     Args:
-        model: any ``PreTrainedModel`` with a language-model head; it stays unmodified.
+        model: any ``PreTrainedModel`` with a language-model head, or a module that wraps one (an adapter, a compiled
+            module); it stays unmodified.
         capture_hidden: also return the input of the output matrix for each new token (see ``request``).
         feature_layers: also return these entries of ``hidden_states`` (0 = embeddings), side by side.
         recorders: makes what records passes for replay (``specdec.captured.graph_recorders``); None: nothing is.
@@ -59,10 +60,11 @@ class CausalLM:
         recorders: Callable[[], Recorder] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.model = model
+        self.module = model  # what runs
+        self.model = model = model_inside(model)
         self.model_s = 0.0
         self.num_passes = 0
-        self.support: Support = inspect_model(model)
+        self.support: Support = inspect_model(self.module)
         head = model.get_output_embeddings()
         self.vocab_size: int = getattr(head, "out_features", None) or head.weight.shape[0]
         self._clock = clock
@@ -72,7 +74,7 @@ class CausalLM:
         self._cache = self._new_cache()
         self.recorders: Callable[[], Recorder] | None = None  # the probe takes the ordinary path
         self.captured: CapturedPasses | None = None
-        self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._takes_keep = takes(self.module, "logits_to_keep")
         self._capture = Capture(model, capture_hidden, tuple(feature_layers))
         self._built_for = self._settings()
         self._probe()
@@ -112,20 +114,28 @@ class CausalLM:
         return not self.support.can_tree
 
     @property
+    def context_length(self) -> int | None:
+        """The positions that the model has, or was made for; None if its config does not say."""
+        limits = (self.support.max_positions, getattr(self._config, "max_position_embeddings", None))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
-    def open(self, rows: Sequence[Row]) -> None:
+    def open(self, rows: Sequence[Row], *, may_outgrow: bool = False) -> None:
         """Give each row a line of the cache.
+
+        With ``may_outgrow`` a row may end behind the model's last position: the caller closes it before.
 
         Raises:
             ValueError: an empty prompt, ids outside the vocabulary, or more positions than the model has.
         """
         for row in rows:
-            self._check(row)
+            self._check(row, may_outgrow)
         style = self.support.style
         if self.recorders and style and not len(self._lines) and not self.chain_only:
-            self._cache, self.captured = borrow(self.model, style, self.recorders, self._new_cache)
+            self._cache, self.captured = borrow(self.module, style, self.recorders, self._new_cache)
         self._lines.open(rows, self._cache)
 
     def score(
@@ -175,10 +185,10 @@ class CausalLM:
         self._cache.move_slots(moves)
 
     def close(self, rows: Sequence[Row]) -> None:
-        """Free the lines of ``rows``."""
-        self._lines.close(rows, self._cache)
+        """Free the lines of ``rows``; rows that were never opened are ignored."""
+        self._lines.close([row for row in rows if row in self._lines], self._cache)
         if self.captured and rows and not len(self._lines):
-            give_back(self.model, self._cache, self.captured)
+            give_back(self.module, self._cache, self.captured)
             self._cache = self._new_cache()
 
     def reset(self) -> None:
@@ -188,10 +198,10 @@ class CausalLM:
 
     def _probe(self) -> None:
         """Try what the config promises, so that no model can be wrong in silence; once for each model object."""
-        model = self.model
+        module = self.module
         key = (self._built_for, self.support)
-        if _PROBED.get(model, (None, None))[0] == key:
-            self.support = _PROBED[model][1]
+        if _PROBED.get(module, (None, None))[0] == key:
+            self.support = _PROBED[module][1]
             return
         branching = self.support.can_tree
         fault = probe(self, branching)
@@ -199,10 +209,14 @@ class CausalLM:
             self.support = replace(self.support, can_tree=False, reason=fault)
             fault = probe(self, branching=False)
         if fault:
-            hint = "; it is in training mode: call model.eval() before" if model.training else ""
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be verified: {fault}{hint}")
+            hint = ""
+            if self.model.training:
+                hint = "; it is in training mode: call model.eval() before"
+            elif module is not self.model:
+                hint = f"; if the {type(self.model).__name__} inside can be, use that, or merge what wraps it"
+            raise UnsupportedModelError(f"{type(module).__name__} cannot be verified: {fault}{hint}")
         self.model_s, self.num_passes = 0.0, 0
-        _PROBED[model] = (key, self.support)
+        _PROBED[module] = (key, self.support)
 
     def _settings(self) -> dict[str, Any]:
         """What the probe's answer depends on and a caller can change."""
@@ -221,7 +235,7 @@ class CausalLM:
     def _new_cache(self) -> RaggedCache:
         return RaggedCache(self._config.num_hidden_layers)
 
-    def _check(self, row: Row) -> None:
+    def _check(self, row: Row, may_outgrow: bool) -> None:
         if not row.tokens:
             raise ValueError("a row needs at least one prompt token, got an empty prompt")
         worst = max(max(row.tokens), -min(row.tokens))
@@ -235,7 +249,7 @@ class CausalLM:
                 f"the prompt has {row.num_prompt} tokens, but the model's context ends at {context}; shorten it"
             )
         limit = self.support.max_positions
-        if limit is not None and row.max_tokens > limit:
+        if limit is not None and row.max_tokens > limit and not may_outgrow:
             raise ValueError(
                 f"prompt and new tokens need {row.max_tokens} positions, but {self.support.limit_reason} {limit}; "
                 f"shorten the prompt ({row.num_prompt} tokens) or ask for at most {max(limit - row.num_prompt, 0)} new tokens"
@@ -260,7 +274,7 @@ class CausalLM:
         if self.captured is None:
             return self._run(parts)
         started = self._clock()
-        replayed = self.captured.score(self.model, parts, self._cache, self._capture)
+        replayed = self.captured.score(self.module, parts, self._cache, self._capture)
         if replayed is None:
             return self._run(parts)
         self.model_s += self._clock() - started
@@ -302,7 +316,7 @@ class CausalLM:
             inputs["logits_to_keep"] = kept if self._capture.is_active else num_kept
         started = self._clock()
         with self._capture:
-            logits: Tensor = self.model(**inputs).logits
+            logits: Tensor = self.module(**inputs).logits
             captured = self._capture.take(num_columns)
         self.model_s += self._clock() - started
         self.num_passes += 1

@@ -12,7 +12,7 @@ from specdec.budget import PassCosts
 from specdec.provenance import machine
 
 SCHEMA = 1
-SUFFIX = ".json"  # a drafter of this ending is such a file
+KIND = "tuned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def load_tuned(path: str | Path) -> Tuned:
         ) from None
     except ValueError:
         raise ValueError(f"{name} is no JSON file; make tuned settings with specdec tune --output {name}") from None
-    if not isinstance(content, dict) or content.get("kind") != "tuned":
+    if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{name} holds no tuned settings; make them with specdec tune --output FILE.json")
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{name} has schema {content.get('schema')!r}, expected {SCHEMA}; run specdec tune again")

@@ -27,7 +27,8 @@ from specdec.tree import TokenTree
 
 COLUMNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-MODEL_SHAPES = ("model:num_tokens=8,min_confidence=0.0", "model", "model:shape=best-first", "model:shape=3x2x1")
+MODEL_CHAINS = ("model:num_tokens=8,min_confidence=0.0", "model")
+MODEL_TREES = ("model:shape=best-first", "model:shape=3x2x1")
 NONE = "none"
 _MIN_VISITS = 5
 _ADAPTIVE_BONUS = 1.03

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,7 @@ from specdec.budget import PassCosts, make_budget
 from specdec.captured import graph_recorders, kernel_copy
 from specdec.decode import Decoder, Emission
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
-from specdec.drafters import make_drafter
+from specdec.drafters import make_drafter, tuned_file
 from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import DraftContext, Drafter, Row, Step, Verifier
 from specdec.metrics import Stats
@@ -35,8 +36,9 @@ from specdec.noise import PhiloxNoise
 from specdec.options import check_generation_config, check_model_kwargs, make_policy, num_padding
 from specdec.policy import LazyProbs
 from specdec.target import CausalLM
-from specdec.tuned import SUFFIX, load_tuned
+from specdec.tuned import load_tuned
 from specdec.verifiers import make_verifier
+from specdec.wrapped import what_runs
 
 
 @dataclass
@@ -50,7 +52,7 @@ def generate(
     model: Any,
     inputs: Tensor | None = None,
     *,
-    drafter: str | Drafter = DEFAULT_DRAFTER,
+    drafter: str | PathLike[str] | Drafter = DEFAULT_DRAFTER,
     verifier: str | Verifier = DEFAULT_VERIFIER,
     draft_model: Any | None = None,
     seed: int | None = None,
@@ -73,8 +75,8 @@ def generate(
     Args:
         model: any causal LM of transformers; it is not modified.
         inputs: (B, L) token ids, left-padded; ``input_ids=`` works as well.
-        drafter: a name, "name:option=value,...", a Drafter, or a file of ``specdec tune`` ("tuned.json"), which then
-            also decides on ``max_nodes`` and ``adaptive``.
+        drafter: a name, "name:option=value,...", a Drafter, or a file of ``specdec tune`` ("tuned.json", or a Path),
+            which then also decides on ``max_nodes`` and ``adaptive``.
         verifier: a name or a Verifier.
         draft_model: for drafters that run a model; a list of models for merged speculation.
         seed: of the sampling noise; None takes one from torch's generator, so ``torch.manual_seed`` governs it.
@@ -126,7 +128,7 @@ def generate(
 
 
 def custom_generate(
-    drafter: str | Drafter = DEFAULT_DRAFTER,
+    drafter: str | PathLike[str] | Drafter = DEFAULT_DRAFTER,
     verifier: str | Verifier = DEFAULT_VERIFIER,
     *,
     draft_model: Any | None = None,
@@ -155,7 +157,7 @@ def custom_generate(
     ) -> Any:
         recorders = graph_recorders(model) if cuda_graphs else None
         ours = kernel_copy if cuda_graphs else accelerated_copy if accelerate else lambda plain: plain
-        target = CausalLM(ours(model), recorders=recorders)
+        target = CausalLM(ours(what_runs(model)), recorders=recorders)
         check_generation_config(generation_config)
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
         models = tuple(map(ours, _as_models(draft_model)))
@@ -198,10 +200,12 @@ class _Plan:
     costs: PassCosts
 
 
-def _plan(drafter: str | Drafter, max_nodes: int, adaptive: bool, model: Any, num_rows: int) -> _Plan:
-    if not (isinstance(drafter, str) and drafter.endswith(SUFFIX)):
+def _plan(drafter: str | PathLike[str] | Drafter, max_nodes: int, adaptive: bool, model: Any, num_rows: int) -> _Plan:
+    file = tuned_file(drafter) if isinstance(drafter, str | PathLike) else None
+    if file is None:
+        assert not isinstance(drafter, PathLike)
         return _Plan(drafter, max_nodes, adaptive, _COSTS.setdefault(model, PassCosts()))
-    tuned = load_tuned(drafter)
+    tuned = load_tuned(file)
     warning = tuned.warning(model)
     if warning is not None:
         warnings.warn(warning, stacklevel=2)

@@ -259,11 +259,13 @@ def test_an_error_frees_every_row_and_is_not_swallowed() -> None:
         (Fixed((0,), num_trees=1), "must propose one tree for each of 2 rows, got 1"),
         (Fixed((0,) * 4, is_obedient=False), r"must keep within Limit\(depth=3, nodes=6"),
         (Fixed((0,) * 7, is_obedient=False), r"must keep within Limit\(depth=3, nodes=6"),
+        (Fixed((0, 3)), "must propose token ids of the target's vocabulary, 0 to 2, got 3"),
+        (Fixed((0, -1)), "must propose token ids of the target's vocabulary, 0 to 2, got -1"),
     ],
-    ids=["wrong root", "too few", "too deep", "too many"],
+    ids=["wrong root", "too few", "too deep", "too many", "token behind the vocabulary", "negative token"],
 )
 def test_trees_that_do_not_fit_their_rows_are_refused(drafter: Fixed, message: str) -> None:
-    """Guards drafters that lag behind by a token, and trees larger than caches and budgets allow."""
+    """Guards drafters that lag behind by a token, trees larger than caches and budgets allow, and ids without an embedding."""
     target = ToyTarget()
     with pytest.raises(ValueError, match=f"drafter 'fixed' {message}"):
         list(make(drafter, target).run(make_rows(4, 4)))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.drafters import format_drafter, make_drafter, parse_drafter
+from specdec.drafters import format_drafter, make_drafter, parse_drafter, tuned_file
 from specdec.drafters.training.job import usage
 from specdec.interfaces import DraftContext
 from specdec.verifiers import make_verifier
@@ -86,6 +86,43 @@ def test_a_part_of_a_hybrid_gets_its_value_as_it_was_written(tmp_path: Path) -> 
         assert make_drafter(spec, context()).parts[1].path == path  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="no drafter is called 'nonesuch'"):
         make_drafter("hybrid:parts=ngram+nonesuch", context())
+
+
+@pytest.mark.parametrize(
+    ("text", "is_file"),
+    [
+        ("tuned.json", True),
+        ("TUNED.JSON", True),
+        ("here/tuned.json", True),
+        ("C:\\runs\\tuned.json", True),
+        ("C:/runs/a=b.json", True),
+        ("dir:with/colon.json", True),
+        ("some/dir:with=equals.json", True),
+        ("existing", True),
+        ("ngram", False),  # although a file of that name exists
+        ("model:shape=my.json", False),
+        ("model:shape=C:/my.json", False),
+        ("hybrid:parts=ngram+model,model.shape=my.json", False),
+        ("eagle:path=heads,shape=best.json", False),
+        ("modle:shape=my.json", False),
+        ("nonesuch", False),
+        ("", False),
+    ],
+)
+def test_a_text_is_a_drafter_before_it_is_a_tuned_file(
+    text: str, is_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards drafters whose last option is a file, and files whose names hold a colon."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("existing", "ngram"):
+        Path(name).touch()
+    assert tuned_file(text) == (Path(text) if is_file else None)
+    assert tuned_file(Path(text)) == Path(text)
+
+
+def test_a_tuned_file_in_the_place_of_a_name_is_pointed_out() -> None:
+    with pytest.raises(ValueError, match=r"no drafter is called 'tuned\.json'.*--config"):
+        parse_drafter("tuned.json")
 
 
 @pytest.mark.parametrize("folder", ["my-eagle", "a,b", "with space", 'o\'brien, "x"', "2024"])

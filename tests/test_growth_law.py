@@ -31,7 +31,7 @@ from specdec.drafters import growth, hybrid
 from specdec.drafters.growth import Children, Growing
 from specdec.drafters.merge import merge
 from specdec.drafters.shapes import StaticShape
-from specdec.interfaces import Limit, Row, Scores, Verdict
+from specdec.interfaces import Drafter, Limit, Row, Scores, Verdict
 from specdec.noise import Noise, RowNoise, Stream
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
@@ -43,7 +43,7 @@ def error(loop: Loop, num_tokens: int = 3) -> float:
 
 
 @dataclass(slots=True)
-class GrowingDrafter:
+class GrowingDrafter(Drafter):
     """The growth of specdec.drafters.growth over a lookup table instead of a model."""
 
     children: Children
@@ -51,7 +51,6 @@ class GrowingDrafter:
     vocab: int = 3
     name: str = "growing"
     seed: int = 13
-    draw_offset: int = 0
     logits: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +68,7 @@ class GrowingDrafter:
         trees = []
         for row, limit in zip(rows, limits, strict=True):
             here = noise.at(row.key, len(row.tokens))
-            growing = Growing(row, limit, self.shape, self.children, params, here, self.draw_offset)
+            growing = Growing(row, limit, self.shape, self.children, params, here)
             while growing.frontier:
                 growing.expand(self.logits[[self._context(growing, node) for node in growing.frontier]])
             trees.append(growing.proposal())

@@ -138,17 +138,18 @@ def test_what_is_no_table_is_refused(make, table, num_nodes, words):
         make(table, num_nodes)
 
 
-def test_a_shape_is_read_from_choices_or_from_a_measured_table(tmp_path: pathlib.Path) -> None:
+def test_a_shape_is_read_from_choices(tmp_path: pathlib.Path) -> None:
+    """From a file of ``specdec tune``: test_tuning.py, with one that the command wrote."""
     choices = tmp_path / "choices.json"
-    choices.write_text(json.dumps({"choices": [[0, 0], [0], [1]]}))
+    choices.write_text(json.dumps({"choices": [[0, 0], [0], [1], [0]]}))
     assert read_shape(str(choices), 16).paths == ((0,), (1,), (0, 0))
-    tuned = tmp_path / "tuned.json"
-    table = [[0.6, 0.2], [0.5, 0.1]]
-    tuned.write_text(json.dumps({"entries": [{"acceptance_table": []}, {"acceptance_table": table}]}))
-    assert read_shape(str(tuned), 5) == sequoia(table, 5)
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "no json", '{"entries": []}', '{"choices": 3}'])
+CHOICES = ("3", "[]", "[3]", '[["a"]]', "[[0.5]]", "[[-1]]", "[[1]]", "[[]]")
+NO_SHAPES = ["{}", "[1]", "null", "no json", '{"entries": []}', *(f'{{"choices": {each}}}' for each in CHOICES)]
+
+
+@pytest.mark.parametrize("content", [*NO_SHAPES, '{"kind": "tuned"}', '{"kind": "bench", "schema": 1}'])
 def test_a_file_without_a_shape_is_refused_with_what_it_needs(tmp_path: pathlib.Path, content: str) -> None:
     file = tmp_path / "shape.json"
     file.write_text(content)

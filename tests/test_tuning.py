@@ -11,7 +11,7 @@ import torch
 import specdec
 from specdec import tuning
 from specdec.cli.synthetic import parse_acceptance, synthetic_pair
-from specdec.drafters.shapes import sequoia
+from specdec.drafters.shapes import read_shape, sequoia
 from specdec.interfaces import Limit, Row
 from specdec.noise import PhiloxNoise
 from specdec.sampling import GREEDY, SamplingParams
@@ -194,6 +194,47 @@ def test_the_library_takes_the_file_as_a_drafter(tuned_file, target, tmp_path):
     got = specdec.generate(model, ids, drafter=str(path), on_step=steps.append, **common)
     assert torch.equal(got, model.generate(ids, **common))
     assert max(step.num_drafted for step in steps) <= 3
+
+
+def test_a_drafter_takes_its_tree_from_the_file(specdec_command, tuned_file, target, tmp_path):
+    """Guards a reader of another format than the one that is written; the shape is read by name, as a user writes it."""
+    prompts, measured = tinychat.write_prompts(tmp_path / "p.jsonl", tinychat.QUESTIONS[:3]), tmp_path / "measured.json"
+    words = ["--target", target, "--drafter-model", target, "--drafter", "model:shape=2x1", "--prompts", prompts]
+    words += ["--max-new-tokens", "16", "--max-nodes", "4", "--output", str(measured)]
+    assert specdec_command("tune", *words).status == 0
+    written = load_tuned(measured).entries[0].acceptance_table
+    assert written, "the command has measured something"
+    assert read_shape(str(measured), 6) == sequoia(written, 6)
+    table = [[0.6, 0.2, 0.1], [0.5, 0.2]]
+    path = with_entry(tuned_file, tmp_path / "my tree.json", acceptance_table=table)
+    model, ids = specdec.load_model(target, dtype="float32", device="cpu"), torch.tensor([[5, 9, 12, 5, 9]])
+    steps = []
+    settings = {"max_new_tokens": 9, "do_sample": False}
+    out = specdec.generate(
+        model,
+        ids,
+        drafter=f"model:shape={path},nodes=5",
+        draft_model=model,
+        adaptive=False,
+        on_step=steps.append,
+        **settings,
+    )
+    assert torch.equal(out, model.generate(ids, **settings))
+    assert steps[0].tree_parents == sequoia(table, 5).parents
+    with_entry(tuned_file, path, acceptance_table=[])
+    with pytest.raises(ValueError, match="it has no acceptance table, because too few drafts were verified"):
+        read_shape(str(path), 5)
+    with_entry(tuned_file, path, acceptance_table=[[0.7, 0.7]])
+    with pytest.raises(ValueError, match=r"my tree\.json holds no tree shape .*sum to at most 1"):
+        read_shape(str(path), 5)
+
+
+def test_a_path_object_is_a_tuned_file_whatever_its_name(tuned_file, target, tmp_path):
+    model, ids = specdec.load_model(target, dtype="float32", device="cpu"), torch.tensor([[5, 9, 12, 5, 9]])
+    for name in ("model:shape=3x2.json", "ngram", "no ending"):
+        path = with_entry(tuned_file, tmp_path / name, drafter="ngram")
+        out = specdec.generate(model, ids, drafter=path, max_new_tokens=6, do_sample=False)
+        assert torch.equal(out, model.generate(ids, max_new_tokens=6, do_sample=False))
 
 
 def test_a_file_of_another_model_warns_but_works(tuned_file, tmp_path):

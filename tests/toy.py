@@ -44,7 +44,7 @@ class ToyTarget:
     """
 
     def __init__(self, seed: int = 1, vocab: int = 3, *, chain_only: bool = False) -> None:
-        self.vocab = vocab
+        self.vocab = self.vocab_size = vocab
         self.logits = table(seed, vocab, spread=1.5, holes=3)
         self.chain_only = chain_only
         self.open_keys: set[int] = set()
