@@ -37,6 +37,7 @@ from specdec.drafters.successors import (
     classes_of,
     keys_of,
 )
+from specdec.hit_counts import count_trial
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.noise import Noise
 from specdec.sampling import SamplingParams
@@ -77,11 +78,7 @@ class ClassRates:
         order, tokens, classes = found
         hits, trials = self.hits[order], self.trials[order]
         for known, kind in zip(tokens, classes, strict=True):
-            trials[kind] += 1
-            hits[kind] += known == token
-            if trials[kind] > 400:  # what is long past counts less
-                trials[kind] /= 2
-                hits[kind] /= 2
+            count_trial(hits, trials, kind, known == token)
 
     def values(self) -> list[list[float]]:
         """(max_order + 1, classes) acceptance rates."""
