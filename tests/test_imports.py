@@ -25,7 +25,7 @@ FOLDERS = {
 # Modules of one layer may import each other and everything in `may`; the first match counts.
 CORE = (
     "specdec.errors specdec.tree specdec.noise specdec.sampling specdec.interfaces specdec.hit_counts specdec.trace "
-    "specdec.metrics specdec.provenance specdec.defaults specdec.files specdec.budget"
+    "specdec.metrics specdec.provenance specdec.defaults specdec.files specdec.weight_index specdec.budget"
 ).split()
 MODEL = (
     "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
