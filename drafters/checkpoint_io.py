@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specdec.errors import CheckpointError
 from specdec.files import write_file, write_json
+from specdec.weight_index import weight_files
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -67,8 +68,7 @@ class TensorFiles:
             if (path / name).is_file():
                 return dict.fromkeys(self._keys(path / name), path / name)
             if (path / f"{name}.index.json").is_file():
-                weight_map = read_json(path / f"{name}.index.json").get("weight_map", {})
-                return {key: path / file for key, file in weight_map.items()}
+                return weight_files(path / f"{name}.index.json")
         raise CheckpointError(f"{path} holds none of {', '.join(names)}: it is no drafter checkpoint")
 
     def _keys(self, file: Path) -> list[str]:
@@ -77,9 +77,15 @@ class TensorFiles:
         with _explained(file), safe_open(str(file), "pt") as opened:
             return list(opened.keys())
 
-    def _read(self, file: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    def _read(self, file: Path, keys: list[str]) -> dict[str, Tensor]:
         if not file.is_file():
             raise CheckpointError(f"the checkpoint's index names {file.name}, which is not in {file.parent}")
+        held = set(self._keys(file))
+        missing = [key for key in keys if key not in held]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint's index says that {file} holds {_listed(missing)}, which it does not"
+            )
         with _explained(file):
             if file.suffix != ".safetensors":
                 return {key: self._unpickled(file)[key] for key in keys}

@@ -1,9 +1,10 @@
 """Prompt lookup as a token tree: continuations of what the row has already said, by a variable-order n-gram model.
 
 Prompt lookup (Saxena, 2023) copies what followed one earlier occurrence of the last few tokens. Here every context of
-up to ``max_order`` tokens knows all its successors; a tree is grown best-first over their blended probabilities, so
+up to ``max_order`` tokens knows its latest successors; a tree is grown best-first over their blended probabilities, so
 that several continuations share the budget, and drafted tokens extend the context, so that a repetition is continued
-past the end of the text. The index grows by a few dictionary entries for each emitted token; nothing is rescanned.
+past the end of the text. The index grows by a few dictionary entries for each emitted token; nothing is rescanned, and
+no context keeps more than its latest few successors, so that a step costs the same whatever the text and its length.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from specdec.hit_counts import count_trial
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.noise import Noise
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 
 Context = tuple[int, ...]
+
+_FADING = 0.7  # what the count of a successor keeps each time that its context occurs again
+# Distinct successors that a context keeps. What is dropped was last seen as many occurrences ago or more: all of that
+# together weighs at most 0.7 ** 32 / 0.3, less than 1e-4, of what the newest weighs.
+MAX_SUCCESSORS = 32
 
 
 @dataclass(slots=True)
@@ -37,34 +44,33 @@ class EscapeRates:
         return self.hits[order] / self.trials[order]
 
     def learn(self, order: int, is_hit: bool) -> None:
-        self.trials[order] += 1
-        self.hits[order] += is_hit
-        if self.trials[order] > 400:  # what is long past counts less
-            self.trials[order] /= 2
-            self.hits[order] /= 2
+        count_trial(self.hits, self.trials, order, is_hit)
 
 
 @dataclass(slots=True)
 class ContextIndex:
-    """Successors of every context of 1 to ``max_order`` tokens in one row, with their counts."""
+    """The latest successors of every context of 1 to ``max_order`` tokens in one row, with their fading counts."""
 
     max_order: int
     tokens: list[int] = field(default_factory=list)
-    successors: list[dict[Context, dict[int, float]]] = field(init=False)
+    successors: list[dict[Context, dict[int, float]]] = field(init=False)  # the latest seen last
 
     def __post_init__(self) -> None:
         self.successors = [{} for _ in range(self.max_order + 1)]
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append ``tokens`` and count each as a successor of the contexts before it."""
+        latest = tuple(self.tokens[-self.max_order :])
         for token in tokens:
-            for order in range(1, min(self.max_order, len(self.tokens)) + 1):
-                known = self.successors[order].setdefault(tuple(self.tokens[-order:]), {})
-                # The most recent successor counts most: earlier counts fade.
-                for other in known:
-                    known[other] *= 0.7
-                known[token] = known.get(token, 0.0) + 1.0
-            self.tokens.append(token)
+            for order in range(1, len(latest) + 1):
+                contexts, context = self.successors[order], latest[-order:]
+                known = contexts.get(context)
+                if known is None:
+                    contexts[context] = {token: 1.0}
+                else:
+                    _count(known, token)
+            latest = (*latest, token)[-self.max_order :]
+        self.tokens += tokens
 
     def lookup(self, context: Context) -> Iterator[tuple[int, dict[int, float]]]:
         """(order, successors) for the suffixes of ``context`` that have occurred before, longest first."""
@@ -72,6 +78,16 @@ class ContextIndex:
             known = self.successors[order].get(context[-order:])
             if known:
                 yield order, known
+
+
+def _count(known: dict[int, float], token: int) -> None:
+    """Count ``token`` among the successors ``known`` of one context: the others fade, and a list too long loses its oldest."""
+    count = known.pop(token, 0.0)
+    for other in known:
+        known[other] *= _FADING
+    known[token] = count * _FADING + 1.0
+    if len(known) > MAX_SUCCESSORS:
+        del known[next(iter(known))]
 
 
 @dataclass(slots=True)
@@ -126,20 +142,22 @@ class NgramDrafter(Drafter):
             if token in known:
                 return
 
-    def _successors(self, index: ContextIndex, context: Context) -> dict[int, float]:
-        """Estimated probability of each known next token; what one order does not know is left to the shorter one."""
+    def _successors(self, index: ContextIndex, context: Context, prob: float) -> dict[int, float]:
+        """The probability of each known next token below a node of probability ``prob``, where it is worth its place.
+
+        What one order does not know is left to the shorter one.
+        """
         probs: dict[int, float] = {}
-        left = 1.0
         for order, known in index.lookup(context):
-            share = left * self._rates.rate(order)
-            total = sum(count for token, count in known.items() if token not in probs)
+            new = {token: count for token, count in known.items() if token not in probs} if probs else known
+            total = sum(new.values())
             if total == 0:
                 continue
-            for token, count in known.items():
-                if token not in probs:
-                    probs[token] = share * count / total
-            left -= share
-            if left < self.min_prob:
+            share = prob * self._rates.rate(order)
+            for token, count in new.items():
+                probs[token] = share * count / total
+            prob -= share
+            if prob < self.min_prob:
                 break
         return probs
 
@@ -154,9 +172,9 @@ class NgramDrafter(Drafter):
 
         def offer(node: int, prob: float) -> None:
             if depths[node] < limit.depth:
-                for token, share in self._successors(index, contexts[node]).items():
-                    if prob * share >= self.min_prob:
-                        heapq.heappush(heap, (-prob * share, node, token))
+                for token, estimate in self._successors(index, contexts[node], prob).items():
+                    if estimate >= self.min_prob:
+                        heapq.heappush(heap, (-estimate, node, token))
 
         offer(0, 1.0)
         while heap and len(tokens) <= limit.nodes:

@@ -12,8 +12,6 @@ Letters for shapes: c contexts, o tokens of a context, k successors, n nodes of 
 from __future__ import annotations
 
 import heapq
-import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +35,8 @@ from specdec.drafters.successors import (
     classes_of,
     keys_of,
 )
+from specdec.files import write_file
+from specdec.hit_counts import count_trial
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Target, Verdict
 from specdec.noise import Noise
 from specdec.sampling import SamplingParams
@@ -77,11 +77,7 @@ class ClassRates:
         order, tokens, classes = found
         hits, trials = self.hits[order], self.trials[order]
         for known, kind in zip(tokens, classes, strict=True):
-            trials[kind] += 1
-            hits[kind] += known == token
-            if trials[kind] > 400:  # what is long past counts less
-                trials[kind] /= 2
-                hits[kind] /= 2
+            count_trial(hits, trials, kind, known == token)
 
     def values(self) -> list[list[float]]:
         """(max_order + 1, classes) acceptance rates."""
@@ -300,8 +296,9 @@ def _facts(drafter: RecyclingDrafter) -> dict[str, int]:
 def _save(drafter: RecyclingDrafter, path: Path) -> None:
     table, rates = drafter.table, drafter.rates
     orders, slots = table.keys.nonzero()
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+
+    def write(made: Path) -> None:
+        with made.open("wb") as file:  # given a name, NumPy adds an ending of its own
             np.savez(
                 file,
                 facts=np.array(list(_facts(drafter).values()), np.int64),
@@ -311,11 +308,8 @@ def _save(drafter: RecyclingDrafter, path: Path) -> None:
                 classes=table.classes[orders, slots],
                 rates=np.array([rates.hits, rates.trials]),
             )
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+
+    write_file(path, write, mode=0o600)  # it holds tokens of prompts and outputs
 
 
 def _load(drafter: RecyclingDrafter, path: Path) -> None:

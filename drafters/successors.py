@@ -110,36 +110,73 @@ class SuccessorTable:
     def _store(
         self, order: int, keys: NDArray[np.uint64], successors: NDArray[np.int32], classes: NDArray[np.uint8]
     ) -> None:
-        slots = (keys >> np.uint64(32)) * np.uint64(self.capacity) >> np.uint64(32)
+        slots = self._slots(keys)
         self.keys[order - 1, slots] = keys
         self.successors[order - 1, slots] = successors
         self.classes[order - 1, slots] = classes
 
+    def _slots(self, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        return (keys >> np.uint64(32)) * np.uint64(self.capacity) >> np.uint64(32)
+
     def read_text(self, tokens: Sequence[int]) -> None:
         """Remember what followed what in ``tokens``, the latest first, before what was known."""
-        for order in range(1, self.max_order + 1):
-            after: dict[Context, dict[int, None]] = {}
-            for i in range(order, len(tokens)):
-                known = after.setdefault(tuple(tokens[i - order : i]), {})
-                known.pop(tokens[i], None)
-                known[tokens[i]] = None  # a dictionary keeps its order: the latest is last
-            if after:
-                rows = [self._joined(context, list(known)[::-1]) for context, known in after.items()]
-                tokens_of, classes = np.array([row[0] for row in rows], np.int32), [row[1] for row in rows]
-                self.write(np.array(list(after), np.int64), tokens_of, np.array(classes, np.uint8))
+        ids = np.array(tokens, np.int64)
+        keys = np.zeros(len(ids), np.uint64)  # of the context before each token
+        for order in range(1, min(self.max_order, len(ids) - 1) + 1):
+            keys = _extended(keys[1:], ids[: len(ids) - order])
+            own, successors = latest_successors(keys, ids[order:], self.num_successors)
+            ranks = np.arange(self.num_successors).clip(max=len(TEXT_RATES) - 1)
+            classes = np.broadcast_to((FIRST_TEXT + ranks).astype(np.uint8), successors.shape)
+            self._store(order, own, *self._joined(order, own, successors, classes))
 
-    def _joined(self, context: Context, tokens: list[int]) -> tuple[list[int], list[int]]:
-        """``tokens``, then what was known of ``context``, with their classes, filled up to ``num_successors``."""
-        joined = {token: FIRST_TEXT + min(i, len(TEXT_RATES) - 1) for i, token in enumerate(tokens)}
-        order, known, classes = self.lookup(context)
-        if order == len(context):
-            for token, kind in zip(known, classes, strict=True):
-                joined.setdefault(token, kind)
-        missing = self.num_successors - len(joined)
-        return (
-            [*joined, *[-1] * missing][: self.num_successors],
-            [*joined.values(), *[0] * missing][: self.num_successors],
+    def _joined(
+        self, order: int, keys: NDArray[np.uint64], successors: NDArray[np.int32], classes: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """``successors`` and ``classes`` (c, k) of different contexts, then what was known of these that is not among them."""
+        slots = self._slots(keys)
+        known = np.where(
+            (self.keys[order - 1, slots] == keys)[:, None], self.successors[order - 1, slots], np.int32(-1)
         )
+        for column in successors.T:
+            known[known == column[:, None]] = -1
+        tokens = np.concatenate([successors, known], 1)
+        kinds = np.concatenate([classes, self.classes[order - 1, slots]], 1)
+        places = np.argsort(tokens < 0, axis=1, kind="stable")[:, : self.num_successors]  # those that are there first
+        tokens, kinds = np.take_along_axis(tokens, places, 1), np.take_along_axis(kinds, places, 1)
+        return tokens, np.where(tokens < 0, np.uint8(0), kinds)
+
+
+def latest_successors(
+    keys: NDArray[np.uint64], tokens: NDArray[np.int64], num: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """The different ``keys`` (c,), and the ``num`` latest tokens that came after each, the latest first.
+
+    Args:
+        keys: (t,) of the context before each token of a text.
+        tokens: (t,)
+        num: k
+
+    Returns:
+        Keys (c,) in the order of their last place, and successors (c, k), -1: none.
+    """
+    # Backwards, so that the first of equal ones is the latest.
+    keys, tokens = keys[::-1], tokens[::-1]
+    order = np.lexsort((tokens, keys))  # stable: equal pairs stay in the order of the text
+    is_first = np.ones(len(keys), np.bool_)
+    is_first[1:] = (np.diff(keys[order]) != 0) | (np.diff(tokens[order]) != 0)
+    places = np.sort(order[is_first])  # of the different pairs, the latest first
+    keys, tokens = keys[places], tokens[places]
+    own, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    by_group = np.argsort(group, kind="stable")
+    sizes = np.bincount(group, minlength=len(own))
+    starts = np.cumsum(sizes) - sizes
+    rank = np.empty(len(keys), np.intp)
+    rank[by_group] = np.arange(len(keys)) - starts[group[by_group]]
+    successors = np.full((len(own), num), -1, np.int32)
+    is_kept = rank < num
+    successors[group[is_kept], rank[is_kept]] = tokens[is_kept]
+    by_time = np.argsort(-first)
+    return own[by_time], successors[by_time]
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,16 +100,19 @@ def tree_attention(
         ValueError: shapes, dtypes or layouts that do not fit.
     """
     _check(query, kv, mask, window, softcap, sinks)
-    backend = choose("tree_attention", query.device, _unsupported(query, kv))
+    backend = choose("tree_attention", query.device, lacking(query, kv.keys, kv.values))
     if backend is None:
         return tree_attention_torch(query, kv, mask, scale, window, softcap, sinks)
     return _launch(backend, query, kv, mask, (scale, window, softcap), sinks)
 
 
-def _unsupported(query: Tensor, kv: KVView) -> str:
-    size = query.shape[3]
-    if query.dtype not in C_TYPES or kv.keys.dtype != query.dtype:
-        return f"there is no kernel for {query.dtype} queries and {kv.keys.dtype} keys"
+def lacking(query: Tensor, keys: Tensor, values: Tensor) -> str:
+    """Why there is no kernel for heads of these dtypes and sizes (their last dimension); empty if there is one."""
+    size = query.shape[-1]
+    if query.dtype not in C_TYPES or keys.dtype != query.dtype or values.dtype != query.dtype:
+        return f"there is no kernel for {query.dtype} queries, {keys.dtype} keys and {values.dtype} values"
+    if keys.shape[-1] != size or values.shape[-1] != size:
+        return f"there is no kernel for keys of size {keys.shape[-1]} with values of size {values.shape[-1]}"
     if size not in HEAD_SIZES:
         return f"there is no kernel for head size {size} (there is for {', '.join(map(str, HEAD_SIZES))})"
     return ""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
 
+from specdec.hit_counts import count_trial
 from specdec.interfaces import Limit, Row, Verdict
 from specdec.tree import TokenTree, best_part
 
@@ -169,11 +170,7 @@ class Calibration:
 
     def learn(self, estimate: float, is_accepted: bool) -> None:
         bucket = _bucket(estimate)
-        self.hits[bucket] += is_accepted
-        self.trials[bucket] += 1
-        if self.trials[bucket] > 400:  # what is long past counts less
-            self.hits[bucket] /= 2
-            self.trials[bucket] /= 2
+        count_trial(self.hits, self.trials, bucket, is_accepted)
         self._values = []
 
     def _fitted(self) -> list[float]:
@@ -208,11 +205,7 @@ class DepthRates:
             self.hits.append(1.4)
             self.trials.append(2.0)
         for level in range(min(depth, num_accepted + 1)):
-            self.hits[level] += level < num_accepted
-            self.trials[level] += 1
-            if self.trials[level] > 100:  # what is long past counts less
-                self.hits[level] /= 2
-                self.trials[level] /= 2
+            count_trial(self.hits, self.trials, level, level < num_accepted, memory=100)
 
     def expected(self) -> list[float]:
         """[d]: accepted tokens of a draft d levels deep."""

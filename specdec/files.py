@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,8 +24,8 @@ def check_writable(path: Path, what: str) -> None:
         if path.exists():
             with path.open("ab"):
                 pass
-        if _is_replaced(path):
-            with tempfile.TemporaryFile(dir=path.parent):
+        if _is_replaced(target := _target(path)):
+            with tempfile.TemporaryFile(dir=target.parent):
                 pass
     except OSError as error:
         raise ValueError(f"cannot write {what} {path} ({error.strerror or error}); name another file") from None
@@ -39,29 +41,36 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda file: file.write_text(text, "utf-8"))
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path`` and move it there, so that a reader never sees half of it."""
-    if not _is_replaced(path):
-        write(path)
+def write_file(path: Path, write: Callable[[Path], object], mode: int = 0o666) -> None:
+    """Let ``write`` make a file beside ``path`` and move it there, so that a reader never sees half of it.
+
+    A file that is replaced keeps its permissions; a new one gets ``mode`` less the process's umask, which the system
+    subtracts by itself: setting the umask, even to read it, would hold for all threads. Behind a symbolic link its target
+    is replaced and the link stays.
+    """
+    target = _target(path)
+    if not _is_replaced(target):
+        write(target)
         return
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    old = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    made = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    handle = os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode if old is None else 0o600)
+    kept = stat.S_IMODE(os.fstat(handle).st_mode) if old is None else old
     os.close(handle)
     try:
-        write(Path(name))
-        os.chmod(name, _mode())
-        os.replace(name, path)
+        write(made)
+        made.chmod(kept)
+        os.replace(made, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
         raise
 
 
+def _target(path: Path) -> Path:
+    """What ``path`` means: where it is a symbolic link, the file that this leads to."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def _is_replaced(path: Path) -> bool:
-    """A device or a pipe is written to, never replaced; nor is a link, whose target is meant."""
-    return not path.is_symlink() and (path.is_file() or not path.exists())
-
-
-def _mode() -> int:
-    """What a new file gets: mkstemp's are private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+    """A device or a pipe is written to, never replaced."""
+    return path.is_file() or not path.exists()

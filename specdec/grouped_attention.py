@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.attention import TreePass
 from specdec.errors import UnsupportedModelError
-from specdec.kernels.attention import KVView, tree_attention
+from specdec.kernels.attention import KVView, lacking, tree_attention
 
 NAME = "specdec"
 _FEW = 32  # queries up to which groups are faster as rows of one block
@@ -38,11 +38,12 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """(B, T, h, D) from ``query`` (B, h, T, D), ``key`` and ``value`` (B, G, W, D), ``attention_mask`` (B, 1, T, W).
 
-    A mask that carries the bits of a tree goes to our kernel (``specdec.kernels.attention``). What is not covered
-    goes to transformers' own function.
+    A mask that carries the bits of a tree goes to our kernel (``specdec.kernels.attention``) if there is one for these
+    heads. What is not covered goes to transformers' own function: the mask says the same as its bits, and the kernel's
+    twin would copy the whole cache in float32.
     """
     tree: TreePass | None = getattr(attention_mask, "tree_pass", None)
-    if tree is not None and not dropout and scaling is not None:
+    if tree is not None and not dropout and scaling is not None and not lacking(query, key, value):
         return _tree_attention(query, key, value, tree, scaling, **kwargs), None
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         return _eager(query, key, value, attention_mask, scaling, **kwargs), None

@@ -31,7 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.errors import ModelUnavailableError
+from specdec.errors import CheckpointError, ModelUnavailableError
+from specdec.weight_index import file_inside, read_index, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ Progress = Callable[[str], None]
 DEFAULT_MODEL = "smollm2-135m"
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 CONVERSION_VERSION = 1  # raise it when what _convert writes changes: folders of another version are not taken
+_WEIGHTS, _INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"  # as transformers looks for them
 _MARKER = "specdec_source.json"  # written last; lists the size of every other file
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 
@@ -311,7 +313,14 @@ def load_model(
     if place.type != "cpu":
         options["device_map"] = {"": place}  # straight to the device, without a copy in main memory
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are checked below
-    model, info = _load(source, partial(AutoModelForCausalLM.from_pretrained, str(source), config=config, **options))
+
+    def read(local_files_only: bool) -> Any:
+        _check_named_files(source, config, revision, local_files_only)
+        return AutoModelForCausalLM.from_pretrained(
+            str(source), config=config, local_files_only=local_files_only, **options
+        )
+
+    model, info = _load(source, read)
     if other := sorted(info["mismatched_keys"]):
         name, stored, expected = other[0]
         raise ModelUnavailableError(
@@ -388,6 +397,33 @@ def _load(source: Path | str, read: Callable[..., Any]) -> Any:
         ) from None
     except (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError) as error:
         raise ModelUnavailableError(f"cannot load {source}: {_first_line(error)}") from None
+
+
+def _check_named_files(source: Path | str, config: Any, revision: str | None, local_files_only: bool) -> None:
+    """Refuse weights that a config or an index names outside their folder: transformers would read them.
+
+    Raises:
+        CheckpointError: see :mod:`specdec.weight_index`.
+    """
+    from transformers.utils import cached_file
+
+    named = getattr(config, "transformers_weights", None)
+    if named and isinstance(source, Path):
+        file_inside(source, str(named), f"{source / 'config.json'}: transformers_weights are said to be")
+    names = [weights + _INDEX for weights in _WEIGHTS] if named is None else [str(named)]
+    for name in names:
+        if isinstance(source, Path) and (source / name.removesuffix(_INDEX)).is_file():
+            return  # the whole is taken before any parts
+        index = name.endswith(_INDEX) and cached_file(
+            str(source), name, revision=revision, local_files_only=local_files_only,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )  # fmt: skip
+        if index:
+            weight_files(Path(index))
+            if not isinstance(read_index(Path(index)).get("metadata"), dict):
+                raise CheckpointError(f'{index} must have "metadata", an object, which may be empty')
+            return
 
 
 def _check_on_hub(hub_id: str) -> None:

@@ -14,7 +14,7 @@ from tinychat import QUESTIONS
 
 from specdec.drafters import DRAFTERS
 from specdec.drafters.ngram import NgramDrafter
-from specdec.files import check_writable, write_json
+from specdec.files import check_writable, write_file, write_json
 from specdec.interfaces import Verdict
 from specdec.trace import read_trace
 from specdec.verifiers import VERIFIERS
@@ -131,9 +131,57 @@ def test_json_replaces_the_old_file_in_one_go(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
     assert path.stat().st_ino != old
     assert [file.name for file in tmp_path.iterdir()] == ["b.json"]
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o755])
+def test_a_replaced_file_keeps_its_permissions(tmp_path, mode):
+    path = tmp_path / "b.json"
+    path.write_text("old")
+    path.chmod(mode)
+    seen = []
+    write_file(path, lambda made: (seen.append(stat.S_IMODE(made.stat().st_mode)), made.write_text("new")))
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert seen == [0o600]  # nobody reads over our shoulder either
+
+
+@pytest.mark.parametrize(
+    ("mode", "mask", "expected"), [(0o666, 0o022, 0o644), (0o666, 0o077, 0o600), (0o600, 0, 0o600)]
+)
+def test_a_new_file_gets_what_the_umask_leaves(tmp_path, monkeypatch, mode, mask, expected):
+    """The umask belongs to the process: set to 0 only to read it, files that other threads made meanwhile were open to all."""
+    before = os.umask(mask)
+    try:
+        monkeypatch.setattr(os, "umask", None)
+        write_file(tmp_path / "new", lambda made: made.write_text("x"), mode)
+        # A writer that makes the file anew, as some libraries do, gives it no other permissions.
+        write_file(tmp_path / "again", lambda made: (made.unlink(), made.write_text("x"), made.chmod(0o777)), mode)
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "again")] == [expected] * 2
+
+
+def test_behind_a_link_the_target_is_replaced_in_one_go(tmp_path):
+    """Through a link the file was written in place: a reader saw half of it, and a run that died left half of it."""
+    (tmp_path / "there").mkdir()
+    real, link, between = tmp_path / "there" / "real.json", tmp_path / "link.json", tmp_path / "between.json"
+    between.symlink_to(os.path.join("there", "real.json"))
+    link.symlink_to("between.json")
+    real.write_text("old")
+    inode = real.stat().st_ino
+    with pytest.raises(RuntimeError, match="died"):
+        write_file(link, lambda made: (made.write_text("half"), _die()))
+    assert real.read_text() == "old"
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert between.is_symlink()
+    assert json.loads(real.read_text()) == {"a": 1}
+    assert real.stat().st_ino != inode
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["between.json", "link.json", "real.json", "there"]
+
+
+def _die() -> None:
+    raise RuntimeError("died")
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):

@@ -24,9 +24,9 @@ FOLDERS = {
 
 # Modules of one layer may import each other and everything in `may`; the first match counts.
 CORE = (
-    "specdec.errors specdec.tree specdec.noise specdec.sampling specdec.interfaces specdec.trace specdec.metrics "
-    "specdec.provenance specdec.defaults specdec.files specdec.budget specdec.release "
-    "specdec.tuned"
+    "specdec.errors specdec.tree specdec.noise specdec.sampling specdec.interfaces specdec.trace "
+    "specdec.metrics specdec.provenance specdec.defaults specdec.files specdec.budget specdec.release "
+    "specdec.tuned specdec.hit_counts specdec.weight_index"
 ).split()
 MODEL = (
     "specdec.wrapped specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "

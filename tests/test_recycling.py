@@ -190,6 +190,43 @@ def test_followers_in_a_text_have_classes_of_their_own() -> None:
     assert classes == [9, 10, 11, 11]
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 5, 30, 60])
+@pytest.mark.parametrize("vocab_size", [1, 2, 7, 1000])
+def test_a_text_is_read_as_if_token_by_token(num_tokens: int, vocab_size: int) -> None:
+    """The latest different followers come first, then what was known before; of another text, and of none."""
+    rng = np.random.default_rng(num_tokens)
+    table, known = SuccessorTable(3, 4, 2**18), dict[tuple[int, ...], tuple[list[int], list[int]]]()
+    for _ in range(3):
+        text = rng.integers(0, vocab_size, num_tokens).tolist()
+        table.read_text(text)
+        after: dict[tuple[int, ...], list[int]] = {}
+        for order in (1, 2, 3):
+            for i in range(order, len(text)):
+                followers = after.setdefault(tuple(text[i - order : i]), [])
+                followers[:] = [text[i], *(token for token in followers if token != text[i])]
+        for context, followers in after.items():
+            classes = [9, 10, *[11] * len(followers)][: len(followers)]
+            for token, kind in zip(*known.get(context, ([], [])), strict=True):
+                if token not in followers:
+                    followers.append(token)
+                    classes.append(kind)
+            known[context] = followers[:4], classes[:4]
+        for context, (followers, classes) in known.items():
+            assert table.lookup(context) == (len(context), followers, classes)
+
+
+def test_a_long_text_is_read_in_one_write_for_each_length_of_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look-up for each context, in Python, took a second for a prompt of 32,000 tokens."""
+    writes: list[int] = []
+    store = SuccessorTable._store
+    monkeypatch.setattr(
+        SuccessorTable, "_store", lambda self, order, *rest: writes.append(order) or store(self, order, *rest)
+    )
+    monkeypatch.setattr(SuccessorTable, "find", None)
+    SuccessorTable(3, 8, 1024).read_text(list(range(5000)))
+    assert writes == [1, 2, 3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [500, 8 * 4 * 256, 10_001, 49_152])
 def test_the_top_tokens_are_those_of_a_sort(vocab_size: int, dtype: torch.dtype) -> None:
