@@ -45,6 +45,12 @@ class Given:
         pad = self.config._pad_token_tensor
         return 0 if pad is None else int(pad)
 
+    @property
+    def ends_together(self) -> bool:
+        """Whether rows that have ended go on until all have."""
+        are_ends = any(type(criterion) is not MaxLengthCriteria for criterion in self.criteria)
+        return self.num_rows > 1 and self.pad is None and are_ends
+
     def joint(self) -> tuple[list[Any], list[Any]]:
         """The processors, and the criteria, that must be asked about the whole batch."""
         processors = [p for p in self.processors if not is_rowwise(p, self._try_processor)]
@@ -95,7 +101,7 @@ def arrange(given: Given, verifier: Verifier, target: Target) -> Arrangement:
             params,
             given.padding_tokens,
         )
-        if not joint_criteria:
+        if not joint_criteria and not given.ends_together:
             ends = RowEnds(given.criteria, given.num_rows, Histories(given.padding_tokens), given.input_ids.device)
             return Arrangement(by_node, ends.stop, target)
     policy = LockstepPolicy(

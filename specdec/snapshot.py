@@ -129,7 +129,7 @@ class Snapshot:
 
     def _visit_class(self, thing: Any, base: type) -> None:
         """What ``base`` adds to an instance: its slots, and data that all instances share."""
-        if base.__module__.split(".")[0] in _FOREIGN and base.__module__ != "transformers_modules":
+        if base.__module__.split(".")[0] in _FOREIGN:
             return
         for name, value in vars(base).items():
             if isinstance(value, MemberDescriptorType):
@@ -169,7 +169,7 @@ def changes(thing: Any, call: Callable[[], Any]) -> tuple[Any, bool]:
     """What ``call`` returns, and whether it changed ``thing``.
 
     Raises:
-        UnreadableStateError: that cannot be told; it is not called then.
+        UnreadableStateError: that cannot be told, before the call or after it.
     """
     before = Snapshot(thing)
     answer = call()

@@ -82,7 +82,10 @@ def generate(
         cuda_graphs: on a GPU, run on our attention kernels and replay each pass over a tree as a CUDA graph; cache and
             graphs stay for the next call. Not yet seen on a GPU (docs/gpu-todo.md), so it is off by default.
         on_step: called with every step of every row.
-        streamer, tokenizer, stop_strings, stopping_criteria, **kwargs: as for ``model.generate``.
+        streamer, tokenizer, stop_strings, stopping_criteria, **kwargs: as for ``model.generate``. Logits processors and
+            criteria of your own are asked about the whole batch, once for each token, as there; rows then wait for each
+            other. Give one the attribute ``is_rowwise = True`` if it answers for a row by the ids (and scores) of that
+            row alone and keeps no state: then they need not, and verifiers that look ahead may ask it too.
 
     Returns:
         What ``model.generate`` returns: (B, L + new) token ids, or with ``return_dict_in_generate`` a
