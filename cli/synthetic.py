@@ -87,6 +87,7 @@ class SyntheticVerifier:
     name: str = SYNTHETIC
     lossless: bool = False
     is_coupled: bool = False
+    looks_ahead: bool = False
     chain_only: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 

@@ -17,7 +17,7 @@ from specdec.defaults import DEFAULT_MAX_NODES
 from specdec.device_verdicts import verdicts_on_device
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetProbs, Verdict, Verifier
 from specdec.noise import Noise
-from specdec.policy import Policy
+from specdec.policy import JointPolicy, Policy
 from specdec.release import call_all
 from specdec.tree import TokenTree
 
@@ -103,7 +103,9 @@ class Decoder:
     def _verdicts(
         self, rows: Sequence[Row], trees: Sequence[TokenTree], scores: Sequence[Scores], probs: Sequence[TargetProbs]
     ) -> list[Verdict]:
-        """All rows at once on a device where that is possible, else one after another."""
+        """All rows at once where they hang together or a device can, else one after another."""
+        if isinstance(self.policy, JointPolicy):
+            return self.policy.verdicts(self.verifier, self.noise, rows, trees, probs)
         decided = verdicts_on_device(self.verifier, self.policy, self.noise, rows, trees, scores)
         if decided is not None:
             return decided

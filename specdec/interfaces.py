@@ -216,6 +216,13 @@ class Verifier(Protocol):
         """
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether, above temperature 0, it asks for distributions behind nodes that it then does not keep.
+
+        Otherwise it asks on its way down only: behind the root, then behind each node that it keeps.
+        """
+
+    @property
     def draws(self) -> frozenset[Draw]:
         """The draws it is exact for (certain nodes always are); ``verify`` raises InexactDraftError for others."""
 

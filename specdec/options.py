@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from specdec.errors import UnsupportedOptionError
-from specdec.policy import ParamsPolicy, Policy, ProcessorPolicy
+from specdec.policy import ParamsPolicy, Policy
 from specdec.sampling import GREEDY, SamplingParams
 
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # in generate()'s order
@@ -98,13 +98,12 @@ def num_padding(input_ids: Tensor, mask: Tensor | None) -> list[int]:
     return padding.tolist()
 
 
-def make_policy(processors: Sequence[Any], config: Any, padding: dict[int, list[int]]) -> Policy:
-    """The fused path if ``processors`` are the usual warpers and nothing else, any list otherwise."""
-    params = _sampling_params(config)
+def fast_policy(processors: Sequence[Any], config: Any) -> Policy | None:
+    """The fused path if ``processors`` are the usual warpers and nothing else."""
     # Only the general path keeps the processed scores that output_scores asks for.
-    if _are_plain_warpers(processors) and not config.output_scores:
-        return ParamsPolicy(_read_warpers(processors) if config.do_sample else GREEDY)
-    return ProcessorPolicy(tuple(processors), params, padding)
+    if not _are_plain_warpers(processors) or config.output_scores:
+        return None
+    return ParamsPolicy(_read_warpers(processors) if config.do_sample else GREEDY)
 
 
 def _are_plain_warpers(processors: Sequence[Any]) -> bool:
@@ -126,7 +125,7 @@ def _read_warpers(processors: Sequence[Any]) -> SamplingParams:
     )
 
 
-def _sampling_params(config: Any) -> SamplingParams:
+def sampling_params(config: Any) -> SamplingParams:
     """What a drafter should imitate when the processors are more than these."""
     if not config.do_sample:
         return GREEDY

@@ -7,36 +7,21 @@ that depends on the path (a penalty, a grammar) is exact, and costs at most dept
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from specdec.errors import NonFiniteLogitsError, UnsupportedOptionError
-from specdec.interfaces import Row, Scores, TargetProbs
+from specdec.interfaces import Row, Scores, TargetProbs, Verdict, Verifier
+from specdec.noise import Noise
 from specdec.sampling import SamplingParams, sampling_probs
 from specdec.tree import TokenTree
 
 Processors = Callable[[Tensor, Tensor], Tensor]  # (1, L) token ids and (1, V) scores -> (1, V) scores
-
-# Bound to the rows of one batch, stateful from call to call, or calling the model themselves: not for tree nodes.
-UNSUPPORTED_PROCESSORS = (
-    "EncoderRepetitionPenaltyLogitsProcessor",
-    "EncoderNoRepeatNGramLogitsProcessor",
-    "PrefixConstrainedLogitsProcessor",
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
-    "ClassifierFreeGuidanceLogitsProcessor",
-    "SynthIDTextWatermarkLogitsProcessor",
-    "WhisperTimeStampLogitsProcessor",
-    "WhisperNoSpeechDetection",
-    "AlternatingCodebooksLogitsProcessor",
-    "BarkEosPrioritizerLogitsProcessor",
-    "DiaClassifierFreeGuidanceLogitsProcessor",
-    "DiaEOSChannelFilterLogitsProcessor",
-    "DiaEOSDelayPatternLogitsProcessor",
-)
 
 
 class Policy(Protocol):
@@ -50,6 +35,21 @@ class Policy(Protocol):
         """The distributions at the nodes of ``tree``."""
 
 
+@runtime_checkable
+class JointPolicy(Protocol):
+    """A policy under which no row can be decided on without the others: what it is beside a :class:`Policy`."""
+
+    def verdicts(
+        self,
+        verifier: Verifier,
+        noise: Noise,
+        rows: Sequence[Row],
+        trees: Sequence[TokenTree],
+        probs: Sequence[TargetProbs],
+    ) -> list[Verdict]:
+        """What is decided on each row; ``probs`` are those of ``target_probs``."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParamsPolicy:
     """Temperature, top-k, top-p and min-p and nothing else: no history is needed."""
@@ -60,9 +60,9 @@ class ParamsPolicy:
         return LazyProbs(self.params, row, tree, scores.logits, None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ProcessorPolicy:
-    """Any list of transformers' logits processors and warpers, applied as generate() does.
+    """Any list of transformers' logits processors and warpers, applied as generate() does, to one row at a time.
 
     ``padding`` holds, for each row key, what stands before the row's own tokens in the ids that processors see:
     generate() shows them the left-padded batch.
@@ -71,35 +71,128 @@ class ProcessorPolicy:
     processors: Sequence[Any]
     params: SamplingParams  # greedy: the best processed score is taken; else a sample from their softmax
     padding: dict[int, list[int]] = field(default_factory=dict)
+    _histories: Histories = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for processor in self.processors:
-            name = type(processor).__name__
-            if name in UNSUPPORTED_PROCESSORS:
-                raise UnsupportedOptionError(
-                    f"{name} cannot be applied at the nodes of a token tree (it is bound to a batch row, keeps state "
-                    "between calls or calls the model); leave out the option that adds it"
-                )
+        self._histories = Histories(self.padding)
 
     def target_probs(self, row: Row, tree: TokenTree, scores: Scores) -> TargetProbs:
-        return LazyProbs(self.params, row, tree, scores.logits, self._apply)
+        return LazyProbs(self.params, row, tree, scores.logits, partial(self._apply, row, tree))
 
-    def _apply(self, row: Row, path: Sequence[int], scores: Tensor) -> Tensor:
-        ids = [*self.padding.get(row.key, ()), *row.tokens, *path]
-        input_ids = torch.tensor([ids], device=scores.device)
+    def _apply(self, row: Row, tree: TokenTree, node: int, scores: Tensor) -> Tensor:
+        input_ids = self._histories.ids(row, tree.path_tokens(node), scores.device)
         scores = scores[None]
         for processor in self.processors:
-            scores = _for_row(processor, row.key)(input_ids, scores)
+            scores = processed(_for_row(processor, row.key), input_ids, scores)
         return scores[0]
 
 
+def processed(processor: Processors, input_ids: Tensor, scores: Tensor) -> Tensor:
+    """What ``processor`` makes of ``scores`` (B, V) behind ``input_ids`` (B, L).
+
+    Raises:
+        UnsupportedOptionError: it answers with another shape, or writes into the ids.
+    """
+    before = version(input_ids)
+    answer = processor(input_ids, scores)
+    if not isinstance(answer, Tensor) or answer.shape != scores.shape:
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise UnsupportedOptionError(
+            f"a logits processor must return scores of the shape that it is given, {tuple(scores.shape)}; "
+            f"{type(processor).__name__} returned {got}"
+        )
+    if version(input_ids) != before:
+        raise UnsupportedOptionError(
+            f"{type(processor).__name__} writes into input_ids, which would change the text behind the model's back; "
+            "let it work on a copy"
+        )
+    return answer
+
+
+def version(tensor: Tensor) -> int | None:
+    """A number that grows when ``tensor`` is written to; None: torch does not count (in inference mode)."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True, slots=True)
+class InBatch:
+    """A processor or criterion that looks each row's own parameters up by its place in the batch of ``num_rows``.
+
+    It is asked about one row in a batch of copies of it: exact if its answer for a row depends on nothing else than
+    that row.
+    """
+
+    asked: Any
+    num_rows: int
+
+    def for_row(self, row: int) -> Processors:
+        def ask(input_ids: Tensor, scores: Tensor) -> Tensor:
+            many = (tensor.repeat(self.num_rows, 1) for tensor in (input_ids, scores))
+            return processed(self.asked, *many)[row : row + 1]
+
+        return ask
+
+
 def _for_row(processor: Any, row: int) -> Any:
-    """``processor`` itself, or a copy that holds the prompt length of one row where it holds one for each."""
+    """``processor`` itself, or what asks it about the row with this key."""
+    if isinstance(processor, InBatch):
+        return processor.for_row(row)
+    # Sparing the copies that InBatch takes: every left-padded batch has this one.
     ignored = getattr(processor, "prompt_ignore_length", None)
     if isinstance(ignored, Tensor) and ignored.numel() > 1:
         processor = copy.copy(processor)
         processor.prompt_ignore_length = int(ignored[row])
     return processor
+
+
+@dataclass(slots=True)
+class GrowingIds:
+    """Token ids (B, t) in a buffer that grows: showing them costs one copy on their device, and no loop in Python."""
+
+    _buffer: Tensor
+    length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.length = self._buffer.shape[1]
+
+    def column(self, tokens: Sequence[int]) -> Tensor:
+        """(B, 1) of one token for each row."""
+        return self._buffer.new_tensor(tokens)[:, None]
+
+    def extend(self, columns: Tensor) -> None:
+        """Append ``columns`` (B, k)."""
+        end = self.length + columns.shape[1]
+        if end > self._buffer.shape[1]:
+            room = self._buffer.new_empty((self._buffer.shape[0], 2 * end))
+            room[:, : self.length] = self._buffer[:, : self.length]
+            self._buffer = room
+        self._buffer[:, self.length : end] = columns
+        self.length = end
+
+    def shown(self, path: Sequence[int] = ()) -> Tensor:
+        """(B, t + len(path)) a copy, with ``path`` behind every row; whoever is shown it may keep it."""
+        known = self._buffer[:, : self.length]
+        if not path:
+            return known.clone()
+        return torch.cat((known, known.new_tensor(path).expand(len(known), -1)), 1)
+
+
+@dataclass(slots=True)
+class Histories:
+    """What is shown of single rows: padding, the row's tokens, and a path behind them."""
+
+    padding: Mapping[int, Sequence[int]]
+    _known: dict[int, tuple[Row, GrowingIds, int]] = field(default_factory=dict)  # and how many tokens of the row
+
+    def ids(self, row: Row, path: Sequence[int], device: torch.device) -> Tensor:
+        """(1, L), of its own."""
+        known, ids, num_tokens = self._known.get(row.key, (None, None, 0))
+        if known is not row or ids is None:
+            ids, num_tokens = GrowingIds(torch.tensor([self.padding.get(row.key, ())], device=device).long()), 0
+        if num_tokens < len(row.tokens):
+            ids.extend(torch.tensor([row.tokens[num_tokens:]], device=device))
+            self._known[row.key] = row, ids, len(row.tokens)
+        return ids.shown(path)
 
 
 @dataclass(slots=True)
@@ -110,8 +203,9 @@ class LazyProbs:
     row: Row
     tree: TokenTree
     logits: Tensor  # (n, V)
-    apply: Callable[[Row, Sequence[int], Tensor], Tensor] | None
+    apply: Callable[[int, Tensor], Tensor] | None  # a node and its scores (V,) -> processed scores (V,)
     _scores: dict[int, Tensor] = field(default_factory=dict)
+    _probs: dict[int, Tensor] = field(default_factory=dict)
     _bests: list[tuple[int, float]] | None = None
 
     @property
@@ -122,12 +216,10 @@ class LazyProbs:
         """Processed scores (V,), float32 as in generate() (float64 if the model is)."""
         if node not in self._scores:
             raw = self.logits[node]
-            scores = raw if raw.dtype == torch.float64 else raw.float()
             if self.apply is not None:
-                # A processor may write in place; the raw logits stay as they are.
-                copied = scores.clone() if scores is raw else scores
-                scores = self.apply(self.row, self.tree.path_tokens(node), copied)
-            self._scores[node] = scores
+                self._scores[node] = self.apply(node, in_float32(raw))
+            else:
+                self._scores[node] = raw if raw.dtype == torch.float64 else raw.float()
         return self._scores[node]
 
     def best(self, node: int) -> int:
@@ -143,6 +235,11 @@ class LazyProbs:
         return token
 
     def probs(self, node: int) -> Tensor:
+        if node not in self._probs:
+            self._probs[node] = self._computed(node)
+        return self._probs[node]
+
+    def _computed(self, node: int) -> Tensor:
         if self.is_greedy:
             self.best(node)  # raises for NaN, which the one-hot distribution would hide
             probs = sampling_probs(self.scores(node), self.params)
@@ -156,6 +253,11 @@ class LazyProbs:
     def _check(self, node: int, value: float) -> None:
         if not abs(value) < float("inf"):  # NaN too
             raise non_finite_logits(self.row, self.tree, node)
+
+
+def in_float32(raw: Tensor) -> Tensor:
+    """Scores as processors see them, which may write into them: a copy in float32 (float64 if the model is)."""
+    return raw.to(raw.dtype if raw.dtype == torch.float64 else torch.float32, copy=True)
 
 
 def non_finite_logits(row: Row, tree: TokenTree, node: int) -> NonFiniteLogitsError:

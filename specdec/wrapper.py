@@ -15,16 +15,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.accelerate import accelerated_copy
 from specdec.budget import PassCosts, make_budget
+from specdec.caller_objects import Given, arrange
 from specdec.captured import graph_recorders, kernel_copy
 from specdec.decode import Decoder, Emission
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
@@ -33,7 +29,7 @@ from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import DraftContext, Drafter, Row, Step, Verifier
 from specdec.metrics import Stats
 from specdec.noise import PhiloxNoise
-from specdec.options import check_generation_config, check_model_kwargs, make_policy, num_padding
+from specdec.options import check_generation_config, check_model_kwargs, num_padding
 from specdec.policy import LazyProbs
 from specdec.target import CausalLM
 from specdec.tuned import load_tuned
@@ -88,7 +84,10 @@ def generate(
         cuda_graphs: on a GPU, run on our attention kernels and replay each pass over a tree as a CUDA graph; cache and
             graphs stay for the next call. Not yet seen on a GPU (docs/gpu-todo.md), so it is off by default.
         on_step: called with every step of every row.
-        streamer, tokenizer, stop_strings, stopping_criteria, **kwargs: as for ``model.generate``.
+        streamer, tokenizer, stop_strings, stopping_criteria, **kwargs: as for ``model.generate``. Logits processors and
+            criteria of your own are asked about the whole batch, once for each token, as there; rows then wait for each
+            other. Give one the attribute ``is_rowwise = True`` if it answers for a row by the ids (and scores) of that
+            row alone and keeps no state: then they need not, and verifiers that look ahead may ask it too.
 
     Returns:
         What ``model.generate`` returns: (B, L + new) token ids, or with ``return_dict_in_generate`` a
@@ -166,9 +165,18 @@ def custom_generate(
         proposer = make_drafter(named, DraftContext(target, rule, models)) if isinstance(named, str) else named
         budget = make_budget(plan.max_nodes, plan.adaptive, plan.costs)
         batch = _Batch(input_ids, padding, generation_config, stopping_criteria, streamer)
-        policy = make_policy(logits_processor, generation_config, batch.padding_tokens)
+        given = Given(
+            input_ids,
+            batch.padding_tokens,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model,
+            target.vocab_size,
+        )
+        asked = arrange(given, rule, target)
         noise = PhiloxNoise(int(torch.randint(2**62, ()).item()) if seed is None else seed)
-        decoder = Decoder(target, proposer, rule, policy, noise, batch.stop, budget)
+        decoder = Decoder(asked.target, proposer, rule, asked.policy, noise, asked.stop, budget)
         stats = Stats()
         for emission in decoder.run(batch.rows):
             stats.add(emission.step)
@@ -225,8 +233,6 @@ class _Batch:
     streamer: Any
     rows: list[Row] = field(init=False)
     padding_tokens: dict[int, list[int]] = field(init=False)
-    _eos: frozenset[int] = field(init=False)
-    _others: list[Any] = field(init=False)
     _num_streamed: int = 0
     _finished: set[int] = field(default_factory=set)
     _logits: list[list[Tensor]] = field(init=False)  # for each row and new token (V,)
@@ -234,8 +240,9 @@ class _Batch:
 
     def __post_init__(self) -> None:
         width = self.input_ids.shape[1]
-        lengths = [c.max_length for c in self.criteria if isinstance(c, MaxLengthCriteria)]
-        num_new = min([self.config.max_length, *lengths]) - width
+        # One of the caller's takes the place of the config's, as in generate(): also if it allows more.
+        lengths = [c.max_length for c in self.criteria if type(c) is MaxLengthCriteria]
+        num_new = min(lengths or [self.config.max_length]) - width
         if num_new <= 0:
             raise ValueError(
                 f"max_length leaves no new token: the prompt has {width} tokens; raise max_new_tokens or max_length"
@@ -245,22 +252,10 @@ class _Batch:
         self.rows = [
             Row(i, t[n:], width - n + num_new) for i, (t, n) in enumerate(zip(tokens, self.padding, strict=True))
         ]
-        eos = [c.eos_token_id.tolist() for c in self.criteria if isinstance(c, EosTokenCriteria)]
-        self._eos = frozenset(token for ids in eos for token in ids)
-        self._others = [c for c in self.criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
         self._logits = [[] for _ in tokens]
         self._scores = [[] for _ in tokens]
         if self.streamer is not None:
             self.streamer.put(self.input_ids.cpu())
-
-    def stop(self, row: Row) -> bool:
-        """Whether the row ends with its newest token: asked after every one, so nothing overshoots."""
-        if row.tokens[-1] in self._eos:
-            return True
-        if not self._others:
-            return False
-        ids = torch.tensor([self.padding_tokens[row.key] + row.tokens], device=self.input_ids.device)
-        return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self._others)
 
     def collect(self, emission: Emission) -> None:
         """Stream what every row has reached, and keep logits if they were asked for."""

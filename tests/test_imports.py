@@ -42,6 +42,9 @@ RULES: list[tuple[str, list[str]]] = [
     *((module, CORE) for module in CORE),
     *((module, ["specdec.kernels", *CORE, *MODEL]) for module in MODEL),
     ("specdec.policy", CORE),
+    ("specdec.snapshot", []),
+    ("specdec.rowwise", ["specdec.policy", "specdec.snapshot", *CORE]),
+    ("specdec.lockstep", ["specdec.policy", *CORE]),
     ("specdec.device_verdicts", ["specdec.kernels", "specdec.policy", *CORE]),
     ("specdec.decode", ["specdec.device_verdicts", "specdec.policy", *CORE]),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from typing import Any
 
 import pytest
@@ -22,9 +23,9 @@ from transformers import (
 )
 
 import specdec.policy
-from specdec.errors import NonFiniteLogitsError, UnsupportedOptionError
+from specdec.errors import NonFiniteLogitsError
 from specdec.interfaces import Row, Scores, TargetProbs
-from specdec.policy import ParamsPolicy, Policy, ProcessorPolicy
+from specdec.policy import Histories, ParamsPolicy, Policy, ProcessorPolicy
 from specdec.sampling import GREEDY, SamplingParams, sampling_probs
 from specdec.tree import TokenTree
 
@@ -179,13 +180,24 @@ def test_a_prompt_length_for_each_row_is_that_of_the_row() -> None:
     assert processor.prompt_ignore_length.tolist() == [0, 3]
 
 
-class UnbatchedClassifierFreeGuidanceLogitsProcessor:
-    """Stands for transformers' own, which calls the model: it is known by its name."""
-
-
-def test_a_processor_that_cannot_run_at_tree_nodes_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedOptionError, match="UnbatchedClassifierFreeGuidanceLogitsProcessor"):
-        ProcessorPolicy([UnbatchedClassifierFreeGuidanceLogitsProcessor()], SamplingParams())
+@pytest.mark.parametrize("length", [5_000, 50_000])
+def test_showing_a_long_history_costs_no_loop_over_its_tokens(length: int) -> None:
+    """Guards a list of the whole text made into a tensor for each node: 5 ms at 32k tokens."""
+    history, shown = Row(0, list(range(length)), 2 * length), Histories({0: [PADDING]})
+    assert shown.ids(history, [7], torch.device("cpu")).tolist() == [[PADDING, *range(length), 7]]
+    history.tokens.append(1)
+    kept = shown.ids(history, [], torch.device("cpu"))
+    seconds = []
+    for token in range(20):
+        started = time.perf_counter()
+        ids = shown.ids(history, [token, 2], torch.device("cpu"))
+        seconds.append(time.perf_counter() - started)
+        assert ids[0, -3:].tolist() == [1, token, 2]
+    assert min(seconds) < 1e-3
+    ids.zero_()
+    assert kept.tolist() == [[PADDING, *range(length), 1]], "what was shown is the caller's own"
+    other = Row(0, [5, 6], 9)
+    assert shown.ids(other, [], torch.device("cpu")).tolist() == [[PADDING, 5, 6]], "another row of the same key"
 
 
 class Identity:

@@ -261,7 +261,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
     ({"guidance_scale": 1.5}, "ClassifierFreeGuidance"),
-    ({"prefix_allowed_tokens_fn": lambda batch, ids: list(range(VOCAB))}, "PrefixConstrained"),
     ({"assistant_model": "x"}, "draft_model"),
 ]
 

@@ -27,6 +27,7 @@ class BlockVerifier:
     lossless: bool = True
     chain_only: bool = True
     is_coupled: bool = False
+    looks_ahead: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule | None:

@@ -26,6 +26,7 @@ class MatchVerifier:
     lossless: bool = True
     chain_only: bool = False
     is_coupled: bool = True
+    looks_ahead: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule:

@@ -32,6 +32,7 @@ class RejectionVerifier:
     lossless: bool = True
     chain_only: bool = False
     is_coupled: bool = False
+    looks_ahead: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule:

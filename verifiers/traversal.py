@@ -43,6 +43,7 @@ class TraversalVerifier:
     lossless: bool = True
     chain_only: bool = False
     is_coupled: bool = False
+    looks_ahead: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule | None:

@@ -28,6 +28,7 @@ class TypicalVerifier:
     lossless: bool = False
     chain_only: bool = False
     is_coupled: bool = True  # it asks for no draft distributions: drafters may pick as they like
+    looks_ahead: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
