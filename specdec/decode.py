@@ -66,6 +66,7 @@ class Decoder:
                     active = [e.row for e in emissions if not e.step.finished]
                     self._leave(done)
                 yield from emissions
+                del emissions  # they hold what the pass computed, whose room the next pass may need
         finally:
             self._leave(active)
 

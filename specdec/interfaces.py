@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -120,6 +120,7 @@ class Target(Protocol):
         """Free what ``rows`` hold."""
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes trees. State belongs to rows that were begun and not yet ended."""
 
@@ -148,6 +149,7 @@ class Drafter(Protocol):
         """Rows leave; rows that never began are ignored."""
 
 
+@runtime_checkable
 class Verifier(Protocol):
     """Decides which path of a tree is kept. Pure: no model, no global state, randomness from ``noise`` alone."""
 
@@ -184,7 +186,7 @@ class DraftContext:
 
     target: Target
     verifier: Verifier
-    draft_models: tuple[Any, ...] = ()  # models of the caller's for drafters that run one
+    draft_models: Sequence[Any] = ()  # models of the caller's for drafters that run one
     options: Mapping[str, Any] = field(default_factory=dict)  # from "name:option=value,..."
 
 
