@@ -17,6 +17,15 @@ from specdec.interfaces import Drafter, Verifier
 from specdec.probe import inspect_model
 from specdec.verifiers import make_verifier
 
+DEFAULT_CACHES = (None, "dynamic", "hybrid")  # "hybrid" is what old checkpoints call the default of today
+
+
+def unsupported(name: str, value: Any) -> UnsupportedOptionError:
+    """The error that option ``name`` cannot be ``value``."""
+    return UnsupportedOptionError(
+        f"{name}={value!r} is not supported by speculative generation; leave it out, or call model.generate"
+    )
+
 
 def check_model(model: Any, name: str = "model") -> None:
     """Refuse what is no loaded language model.
@@ -208,10 +217,9 @@ def check_call(model: Any, inputs: Any, config: Any, kwargs: dict[str, Any]) -> 
         raise UnsupportedOptionError(
             "assistant_tokenizer: a draft model must share the target's vocabulary; leave it out"
         )
-    if kwargs.get("cache_implementation") == "paged":
-        raise UnsupportedOptionError(
-            "cache_implementation='paged' runs another loop; leave it out, or call model.generate"
-        )
+    cache = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
+    if cache not in DEFAULT_CACHES:  # generate() would build it first, or run another loop
+        raise unsupported("cache_implementation", cache)
     for name in ("logits_processor", "stopping_criteria"):
         check_functions(name, kwargs.get(name))
     given = {"inputs": inputs, "input_ids": kwargs.get("input_ids")}

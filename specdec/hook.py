@@ -116,10 +116,16 @@ def heal_tokens(call: Call, tokenizer: Any) -> None:
 
     Raises:
         ValueError: there is no tokenizer.
+        UnsupportedOptionError: the model's own config asks for healing, which transformers cannot do either.
     """
     if not call.setting("token_healing"):
         return
     _check_tokenizer(tokenizer, "token_healing")
+    if call.model.generation_config.token_healing:
+        raise UnsupportedOptionError(
+            "token_healing must not be set in model.generation_config: to heal, transformers calls generate() without "
+            "a tokenizer, which would heal again; unset it there, and pass token_healing=True"
+        )
     call.set("token_healing", False)
     ids, mask = _prepared(call)
     healed: Tensor = call.model.heal_tokens(ids, tokenizer)

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from specdec.arguments import check_cache, check_input_ids, check_mask
+from specdec.arguments import DEFAULT_CACHES, check_cache, check_input_ids, check_mask, unsupported
 from specdec.errors import UnsupportedOptionError
 from specdec.policy import ParamsPolicy, Policy, ProcessorPolicy
 from specdec.sampling import GREEDY, SamplingParams
@@ -39,16 +39,14 @@ def check_generation_config(config: Any) -> None:
         "prompt_lookup_num_tokens": getattr(config, "prompt_lookup_num_tokens", None) is not None,
         "assistant_early_exit": getattr(config, "assistant_early_exit", None) is not None,
         "use_mtp": bool(getattr(config, "use_mtp", None)),
-        "cache_implementation": config.cache_implementation not in (None, "dynamic"),
+        "cache_implementation": config.cache_implementation not in DEFAULT_CACHES,
         "use_cache": config.use_cache is False,
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
     }
     for name, is_refused in refused.items():
         if is_refused:
-            raise UnsupportedOptionError(
-                f"{name}={getattr(config, name)!r} is not supported by speculative generation; leave it out, or call model.generate"
-            )
+            raise unsupported(name, getattr(config, name))
 
 
 def check_inputs(input_ids: Tensor, kwargs: dict[str, Any]) -> list[int]:
@@ -136,5 +134,5 @@ def _sampling_params(config: Any) -> SamplingParams:
 
 
 def _nucleus(top_p: float) -> float:
-    """``top_p`` with generate()'s 0, the best token alone, as a number above 0 that keeps no second one either."""
-    return max(top_p, _SMALLEST)
+    """``top_p`` as generate() reads it: from 1 on it is off; 0 keeps the best token alone, as the smallest number does."""
+    return min(max(top_p, _SMALLEST), 1.0)
