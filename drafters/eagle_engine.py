@@ -22,6 +22,7 @@ from specdec.drafters.eagle_cell import EagleCell, FeatureCell, pack_cell
 from specdec.drafters.shipped import draft_dtype
 from specdec.grouped_attention import grouped_attention
 from specdec.interfaces import ModelTarget, Row, Scores
+from specdec.offload import loaded
 from specdec.packed_linear import is_packed
 from specdec.passes import Lines, Part, in_lockstep, mask_plan, pass_slots
 from specdec.target import PREFILL_CHUNK
@@ -170,8 +171,8 @@ class EagleEngine:
 def share_output(cell: EagleCell, model: Any) -> None:
     """Give a head that was stored without an output matrix that of its target."""
     if cell.config.shares_output:
-        matrix = model.get_output_embeddings().weight
-        cell.lm_head.weight.copy_(matrix[cell.target_ids().to(matrix.device)])
+        with loaded(model.get_output_embeddings()) as output:
+            cell.lm_head.weight.copy_(output.weight[cell.target_ids().to(output.weight.device)])
         cell.config = replace(cell.config, shares_output=False)  # from now on it has its own
 
 

@@ -21,6 +21,7 @@ from specdec.drafters.shapes import Path, StaticShape, Table, greedy_growth
 from specdec.drafters.shipped import draft_dtype, engine_of, find, kept, version
 from specdec.interfaces import DraftContext, Drafter, Limit, ModelTarget, Row, Scores, Verdict
 from specdec.noise import Noise
+from specdec.offload import loaded
 from specdec.packed_linear import is_packed, pack
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree, best_part
@@ -69,12 +70,12 @@ class MedusaDrafter(Drafter):
         ids = self.heads.draft_vocab
         if not self.heads.shares_output or ids is None:
             return layer
-        bias = getattr(layer, "bias", None)
-        part = nn.Linear(self.heads.hidden_size, len(ids), bias is not None, ids.device, self._dtype)
-        with torch.no_grad():
+        has_bias = getattr(layer, "bias", None) is not None
+        part = nn.Linear(self.heads.hidden_size, len(ids), has_bias, ids.device, self._dtype)
+        with torch.no_grad(), loaded(layer):
             part.weight.copy_(layer.weight[ids])
-            if bias is not None:
-                part.bias.copy_(bias[ids])
+            if has_bias:
+                part.bias.copy_(layer.bias[ids])
         whole = nn.Sequential(part)
         if is_packed(self.target.model):
             pack(whole)

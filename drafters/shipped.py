@@ -12,6 +12,7 @@ import torch
 from specdec.drafters.checkpoint_io import CONFIG, read_json
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import ModelTarget, Target
+from specdec.offload import loaded
 from specdec.packed_linear import is_packed, packing_fault
 
 T = TypeVar("T")
@@ -38,9 +39,10 @@ def target_facts(model: Any) -> dict[str, Any]:
     The fingerprint is the norms of a few embeddings, which survive a change of precision.
     """
     config = model.config.get_text_config()
-    weight = model.get_input_embeddings().weight
-    rows = torch.linspace(0, len(weight) - 1, _NUM_ROWS).long()
-    norms = weight.detach()[rows.to(weight.device)].float().norm(dim=-1)
+    with loaded(model.get_input_embeddings()) as embeddings:
+        weight = embeddings.weight
+        rows = torch.linspace(0, len(weight) - 1, _NUM_ROWS).long()
+        norms = weight.detach()[rows.to(weight.device)].float().norm(dim=-1)
     return {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,

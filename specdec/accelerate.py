@@ -13,6 +13,7 @@ import torch
 from specdec.copies import Copies, kept_copy, sharing_copy
 from specdec.fused_layer import fuse
 from specdec.grouped_attention import NAME as GROUPED
+from specdec.offload import is_offloaded
 from specdec.packed_linear import is_packed, pack, packing_fault
 
 _COPIES: Copies = WeakKeyDictionary()
@@ -27,8 +28,8 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
     """``model`` with packed linear layers and, if it ran on ``sdpa``, fused decoder layers and grouped attention.
 
     Args:
-        model: a transformers model on the CPU; elsewhere, where packing is impossible, or where it has been done, it is
-            returned as it is.
+        model: a transformers model on the CPU; elsewhere, offloaded, where packing is impossible, or where it has been
+            done, it is returned as it is.
         in_place: replace the layers of ``model`` itself, which then holds one copy of its weights and can no longer
             be trained, converted, moved, copied or saved; each of these is refused. Otherwise the model stays
             untouched and the result shares everything but the linear layers with it, which costs a second copy of
@@ -38,7 +39,7 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
     replaced, and on any other attention. Linear layers are other modules afterwards: hooks belong on what
     ``model.get_submodule`` returns then. Under ``torch.autocast`` packed layers compute in the dtype of their weights.
     """
-    if model.device.type != "cpu" or packing_fault(model.dtype) or is_packed(model):
+    if model.device.type != "cpu" or is_offloaded(model) or packing_fault(model.dtype) or is_packed(model):
         return model
     if not in_place:
         model = sharing_copy(model)

@@ -69,6 +69,7 @@ class Decoder:
                     active = [e.row for e in emissions if not e.step.finished]
                     self._leave(done)
                 yield from emissions
+                del emissions  # they hold what the pass computed, whose room the next pass may need
         except GeneratorExit:  # the caller has seen enough
             self._leave(active)
             raise

@@ -151,6 +151,7 @@ class ModelTarget(Target, Protocol):
         """(p + n, F) the requested ``layers`` side by side, whatever others have requested."""
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes trees. State belongs to rows that were begun and not yet ended.
 
@@ -193,6 +194,7 @@ class Drafter(Protocol):
         """Rows leave; rows that never began are ignored."""
 
 
+@runtime_checkable
 class Verifier(Protocol):
     """Decides which path of a tree is kept. Pure: no model, no global state, randomness from ``noise`` alone."""
 
@@ -236,7 +238,7 @@ class DraftContext:
 
     target: Target
     verifier: Verifier
-    draft_models: tuple[Any, ...] = ()  # models of the caller's for drafters that run one
+    draft_models: Sequence[Any] = ()  # models of the caller's for drafters that run one
     options: Mapping[str, Any] = field(default_factory=dict)  # from "name:option=value,..."
 
 

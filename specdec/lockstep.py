@@ -265,6 +265,10 @@ class LockstepTarget:
     _ended: list[Row] = field(default_factory=list)
 
     @property
+    def vocab_size(self) -> int:
+        return self.target.vocab_size
+
+    @property
     def chain_only(self) -> bool:
         return self.target.chain_only
 

@@ -14,11 +14,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from specdec.arguments import DEFAULT_CACHES, check_cache, check_input_ids, check_mask, unsupported
 from specdec.errors import UnsupportedOptionError
 from specdec.policy import ParamsPolicy, Policy
 from specdec.sampling import GREEDY, SamplingParams
 
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # in generate()'s order
+_SMALLEST = 2.0**-60  # 1 minus this is 1
 
 
 def check_generation_config(config: Any) -> None:
@@ -37,57 +39,54 @@ def check_generation_config(config: Any) -> None:
         "prompt_lookup_num_tokens": getattr(config, "prompt_lookup_num_tokens", None) is not None,
         "assistant_early_exit": getattr(config, "assistant_early_exit", None) is not None,
         "use_mtp": bool(getattr(config, "use_mtp", None)),
-        "cache_implementation": config.cache_implementation is not None,
+        "cache_implementation": config.cache_implementation not in DEFAULT_CACHES,
         "use_cache": config.use_cache is False,
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
     }
     for name, is_refused in refused.items():
         if is_refused:
-            raise UnsupportedOptionError(
-                f"{name}={getattr(config, name)!r} is not supported by speculative generation; leave it out, or call model.generate"
-            )
+            raise unsupported(name, getattr(config, name))
 
 
-def check_model_kwargs(kwargs: dict[str, Any], input_ids: Tensor) -> Tensor | None:
-    """Refuse inputs that the loop would not pass on; the attention mask (B, L), if there is one.
+def check_inputs(input_ids: Tensor, kwargs: dict[str, Any]) -> list[int]:
+    """Refuse inputs that the loop would not pass on; (B,) the masked tokens on the left of each row.
 
     Raises:
         UnsupportedOptionError: names the input.
+        ValueError: an empty prompt, a mask of another shape, or masked tokens elsewhere.
     """
-    mask: Tensor | None = kwargs.get("attention_mask")
-    past = kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
-        raise UnsupportedOptionError(
-            "past_key_values is not supported: the loop keeps its own cache; pass the whole prompt"
-        )
-    positions = kwargs.get("position_ids")
-    if positions is not None:
-        counted = torch.ones_like(input_ids) if mask is None else mask.long()
-        expected = counted.cumsum(-1) - 1
-        if bool(((positions != expected) & (counted == 1)).any()):
-            raise UnsupportedOptionError("position_ids are counted from the attention mask; others are not supported")
     known = ("attention_mask", "past_key_values", "position_ids", "use_cache", "logits_to_keep", "cache_position")
     unknown = [name for name, value in kwargs.items() if name not in known and value is not None]
     if unknown:
         raise UnsupportedOptionError(
-            f"inputs that the model would need at every pass are not supported: {', '.join(unknown)}"
+            f"inputs that the model would need at every pass are not supported: {', '.join(unknown)}; pass token ids "
+            "and their attention_mask, or call model.generate"
         )
-    return mask
+    check_input_ids("input_ids", input_ids)
+    past = kwargs.get("past_key_values")
+    if getattr(past, "_is_user_defined", False):  # generate() makes one where the caller has none
+        check_cache(past)
+    mask: Tensor | None = kwargs.get("attention_mask")
+    if mask is not None:
+        check_mask(mask, input_ids)
+    _check_positions(kwargs.get("position_ids"), mask, input_ids)
+    return [0] * len(input_ids) if mask is None else _num_padding(mask)
 
 
-def num_padding(input_ids: Tensor, mask: Tensor | None) -> list[int]:
-    """(B,) masked tokens on the left of each row.
-
-    Raises:
-        ValueError: an empty prompt, or masked tokens elsewhere.
-    """
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"input_ids must be (batch, length) with at least one token, got shape {tuple(input_ids.shape)}"
+def _check_positions(positions: Tensor | None, mask: Tensor | None, input_ids: Tensor) -> None:
+    if positions is None:
+        return
+    counted = torch.ones_like(input_ids) if mask is None else mask.long()
+    expected = (counted.cumsum(-1) - 1).to(positions.device)
+    if positions.shape[-1] != input_ids.shape[1] or bool(((positions != expected) & (counted == 1)).any()):
+        raise UnsupportedOptionError(
+            "position_ids are counted from the attention mask, which must be as wide as the token ids; others are not "
+            f"supported: got shape {tuple(positions.shape)} for token ids {tuple(input_ids.shape)}"
         )
-    if mask is None:
-        return [0] * input_ids.shape[0]
+
+
+def _num_padding(mask: Tensor) -> list[int]:
     kept = mask.bool()
     padding = (~kept).sum(1)
     left = torch.arange(kept.shape[1], device=kept.device)[None] >= padding[:, None]
@@ -120,7 +119,7 @@ def _read_warpers(processors: Sequence[Any]) -> SamplingParams:
     return SamplingParams(
         temperature=found[TemperatureLogitsWarper].temperature if TemperatureLogitsWarper in found else 1.0,
         top_k=found[TopKLogitsWarper].top_k if TopKLogitsWarper in found else 0,
-        top_p=found[TopPLogitsWarper].top_p if TopPLogitsWarper in found else 1.0,
+        top_p=_nucleus(found[TopPLogitsWarper].top_p) if TopPLogitsWarper in found else 1.0,
         min_p=found[MinPLogitsWarper].min_p if MinPLogitsWarper in found else 0.0,
     )
 
@@ -129,4 +128,10 @@ def sampling_params(config: Any) -> SamplingParams:
     """What a drafter should imitate when the processors are more than these."""
     if not config.do_sample:
         return GREEDY
-    return SamplingParams(config.temperature or 1.0, config.top_k or 0, config.top_p or 1.0, config.min_p or 0.0)
+    top_p = 1.0 if config.top_p is None else _nucleus(config.top_p)
+    return SamplingParams(config.temperature or 1.0, config.top_k or 0, top_p, config.min_p or 0.0)
+
+
+def _nucleus(top_p: float) -> float:
+    """``top_p`` as generate() reads it: from 1 on it is off; 0 keeps the best token alone, as the smallest number does."""
+    return min(max(top_p, _SMALLEST), 1.0)

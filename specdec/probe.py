@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from specdec.attention import MaskStyle, mask_style
 from specdec.errors import NonFiniteLogitsError, UnsupportedModelError
 from specdec.interfaces import Row, Scores
+from specdec.offload import loaded
 from specdec.tree import TokenTree
 from specdec.wrapped import model_inside, takes
 
@@ -40,6 +42,7 @@ class Support:
 class _Scorer(Protocol):
     module: Any
     vocab_size: int
+    device: torch.device
 
     def open(self, rows: Sequence[Row]) -> None: ...
     def score(self, rows: Sequence[Row], trees: Sequence[TokenTree]) -> list[Scores]: ...
@@ -109,8 +112,16 @@ def _takes_masks_by_type(decoder: nn.Module) -> bool:
 
 def _has_slot_window(model: Any) -> bool:
     """Whether a stored causal mask forgets old cache slots: siblings would count as distance (GPT-Neo's local layers)."""
-    masks = (b for b in model.buffers() if b.dtype in (torch.bool, torch.uint8) and b.dim() >= 2 and b.shape[-1] > 1)
-    return any(b.shape[-2] == b.shape[-1] and not b[..., -1, 0].all() for b in masks)
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if _is_stored_mask(buffer)]
+        with loaded(module) if names else nullcontext():
+            if not all(bool(getattr(module, name)[..., -1, 0].all()) for name in names):
+                return True
+    return False
+
+
+def _is_stored_mask(b: Tensor) -> bool:
+    return b.dtype in (torch.bool, torch.uint8) and b.dim() >= 2 and b.shape[-1] > 1 and b.shape[-2] == b.shape[-1]
 
 
 def _position_limit(config: Any) -> tuple[int | None, str]:
@@ -155,7 +166,7 @@ def probe(target: _Scorer, branching: bool) -> str:
         return f"its own code fails on a small {shape}: {type(error).__name__}: {error}"
     finally:
         target.reset()
-    if all(_agree(target.module, tokens, logits) for tokens, logits in leaves):
+    if all(_agree(target, tokens, logits) for tokens, logits in leaves):
         return ""
     return f"a small {shape} gave other logits than plain forwards of its paths"
 
@@ -185,10 +196,9 @@ def _score_chains(target: _Scorer, ids: list[int]) -> list[tuple[list[int], Tens
 
 
 @torch.no_grad()
-def _agree(module: Any, tokens: list[int], logits: Tensor) -> bool:
-    model = model_inside(module)
-    device = model.get_input_embeddings().weight.device
-    plain = module(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].double()
+def _agree(target: _Scorer, tokens: list[int], logits: Tensor) -> bool:
+    model, device = model_inside(target.module), target.device
+    plain = target.module(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].double()
     if not bool(plain.isfinite().all()):
         name = type(model).__name__
         raise NonFiniteLogitsError(

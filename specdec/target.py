@@ -22,6 +22,7 @@ from specdec.capture import Capture, joined
 from specdec.captured import CapturedPasses, borrow, give_back
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row, Scores
+from specdec.offload import input_device
 from specdec.passes import Lines, Part, in_lockstep, in_order, mask_plan, pass_slots
 from specdec.probe import Support, inspect_model, probe
 from specdec.recording import Recorder
@@ -67,6 +68,7 @@ class CausalLM:
         self.support: Support = inspect_model(self.module)
         head = model.get_output_embeddings()
         self.vocab_size: int = getattr(head, "out_features", None) or head.weight.shape[0]
+        self.device: torch.device = input_device(model)
         self._clock = clock
         self._config = model.config.get_text_config()
         self.hidden_size: int = self._config.hidden_size
@@ -118,10 +120,6 @@ class CausalLM:
         """The positions that the model has, or was made for; None if its config does not say."""
         limits = (self.support.max_positions, getattr(self._config, "max_position_embeddings", None))
         return min((limit for limit in limits if limit is not None), default=None)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
     def open(self, rows: Sequence[Row], *, may_outgrow: bool = False) -> None:
         """Give each row a line of the cache.
@@ -222,7 +220,8 @@ class CausalLM:
         """What the probe's answer depends on and a caller can change."""
         weight = self.model.get_input_embeddings().weight
         attention = self._config._attn_implementation
-        return {"attention": attention, "training": self.model.training, "dtype": weight.dtype, "device": weight.device}
+        device = self.device if weight.is_meta else weight.device  # an offloaded one is loaded where it was before
+        return {"attention": attention, "training": self.model.training, "dtype": weight.dtype, "device": device}
 
     def _check_settings(self) -> None:
         now, then = self._settings(), self._built_for

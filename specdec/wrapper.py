@@ -1,39 +1,43 @@
 """``generate()`` with speculation: the same arguments, the same tokens, fewer passes of the target.
 
 transformers prepares everything (generation config, processors, criteria, padding) and hands over to the loop here
-through its own hook, ``custom_generate``. What the hook drops (streamer, tokenizer, stop strings) is carried around it.
+through its own hook, ``custom_generate``. What the hook drops is carried around it (``specdec.hook``).
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.accelerate import accelerated_copy
+from specdec.arguments import DraftModels, as_models, check_call, check_callable, drafter_of, verifier_of
 from specdec.budget import PassCosts, make_budget
 from specdec.caller_objects import Given, arrange
 from specdec.captured import graph_recorders, kernel_copy
+from specdec.checks import whole_number
 from specdec.decode import Decoder, Emission
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.drafters import make_drafter, tuned_file
-from specdec.errors import UnsupportedOptionError
+from specdec.hook import Call, Dropped, check_dropped, dropped_arguments, heal_tokens, take_stop_strings
 from specdec.interfaces import DraftContext, Drafter, Row, Step, Verifier
 from specdec.metrics import Stats
 from specdec.noise import PhiloxNoise
-from specdec.options import check_generation_config, check_model_kwargs, num_padding
+from specdec.options import check_generation_config, check_inputs
 from specdec.policy import LazyProbs
+from specdec.streaming import Stream
 from specdec.target import CausalLM
 from specdec.tuned import load_tuned
-from specdec.verifiers import make_verifier
 from specdec.wrapped import what_runs
 
 
@@ -47,8 +51,15 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
 def generate(
     model: Any,
     inputs: Tensor | None = None,
+    generation_config: Any | None = None,
+    logits_processor: Sequence[Any] | None = None,
+    stopping_criteria: Sequence[Any] | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+    synced_gpus: bool | None = None,
+    assistant_model: Any | None = None,
+    streamer: Any | None = None,
     *,
-    drafter: str | PathLike[str] | Drafter = DEFAULT_DRAFTER,
+    drafter: str | Path | Drafter = DEFAULT_DRAFTER,
     verifier: str | Verifier = DEFAULT_VERIFIER,
     draft_model: Any | None = None,
     seed: int | None = None,
@@ -57,10 +68,7 @@ def generate(
     accelerate: bool = False,
     cuda_graphs: bool = False,
     on_step: Callable[[Step], None] | None = None,
-    streamer: Any | None = None,
     tokenizer: Any | None = None,
-    stop_strings: str | Sequence[str] | None = None,
-    stopping_criteria: Sequence[Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Drop-in for ``model.generate(input_ids, ...)``: same arguments, same tokens.
@@ -75,7 +83,8 @@ def generate(
             which then also decides on ``max_nodes`` and ``adaptive``.
         verifier: a name or a Verifier.
         draft_model: for drafters that run a model; a list of models for merged speculation.
-        seed: of the sampling noise; None takes one from torch's generator, so ``torch.manual_seed`` governs it.
+        seed: of the sampling noise, in [0, 2**64); None takes one from torch's generator, so ``torch.manual_seed``
+            governs it.
         max_nodes: the largest tree, in nodes below the root.
         adaptive: size each step's trees by what they bring and cost on this machine, down to no draft at all (see
             AdaptiveBudget); False: always up to ``max_nodes``.
@@ -84,50 +93,51 @@ def generate(
         cuda_graphs: on a GPU, run on our attention kernels and replay each pass over a tree as a CUDA graph; cache and
             graphs stay for the next call. Not yet seen on a GPU (docs/gpu-todo.md), so it is off by default.
         on_step: called with every step of every row.
-        streamer, tokenizer, stop_strings, stopping_criteria, **kwargs: as for ``model.generate``. Logits processors and
-            criteria of your own are asked about the whole batch, once for each token, as there; rows then wait for each
-            other. Give one the attribute ``is_rowwise = True`` if it answers for a row by the ids (and scores) of that
-            row alone and keeps no state: then they need not, and verifiers that look ahead may ask it too.
+        generation_config and all others: as for ``model.generate``. Logits processors and criteria of your own are
+            asked about the whole batch, once for each token, as there; rows then wait for each other. Give one the
+            attribute ``is_rowwise = True`` if it answers for a row by the ids (and scores) of that row alone and keeps
+            no state: then they need not, and verifiers that look ahead may ask it too. ``tokenizer`` is for stop strings
+            and token healing. The streamer is ended even if an error ends the call.
 
     Returns:
         What ``model.generate`` returns: (B, L + new) token ids, or with ``return_dict_in_generate`` a
-        SpeculativeOutput, whose ``stats`` hold the acceptance statistics.
+        SpeculativeOutput, whose ``stats`` hold the acceptance statistics. Its ``past_key_values`` are None: the
+        loop's cache has another layout. Its ``scores`` and ``logits`` are zeros where a row had ended.
 
     Raises:
+        ValueError: an argument of another kind than it must be; the message says which.
         UnsupportedOptionError: an option that is not supported here; the message names it.
         UnsupportedModelError: the model cannot be verified; the message says why.
     """
-    if kwargs.pop("assistant_model", None) is not None:
-        raise UnsupportedOptionError(
-            "pass the draft model as draft_model= with drafter='model' instead of assistant_model="
+    named = {
+        "logits_processor": logits_processor,
+        "stopping_criteria": stopping_criteria,
+        "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+    }
+    kwargs |= {name: value for name, value in named.items() if value is not None}
+    with Stream(streamer) as stream:
+        check_call(model, inputs, generation_config, kwargs)
+        check_dropped(Dropped(streamer, assistant_model, synced_gpus))
+        loop = custom_generate(
+            drafter,
+            verifier,
+            draft_model=draft_model,
+            seed=seed,
+            max_nodes=max_nodes,
+            adaptive=adaptive,
+            accelerate=accelerate,
+            cuda_graphs=cuda_graphs,
+            on_step=on_step,
+            streamer=stream,
         )
-    criteria = StoppingCriteriaList(stopping_criteria or [])
-    config = kwargs.get("generation_config") or model.generation_config
-    if stop_strings is None:
-        stop_strings = config.stop_strings
-    if stop_strings is not None:
-        if tokenizer is None:
-            raise ValueError("stop_strings need the tokenizer: pass tokenizer=... as for model.generate")
-        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
-        # generate() would ask for the tokenizer that its hook cannot pass on.
-        kwargs["stop_strings"] = None
-    loop = custom_generate(
-        drafter,
-        verifier,
-        draft_model=draft_model,
-        seed=seed,
-        max_nodes=max_nodes,
-        adaptive=adaptive,
-        accelerate=accelerate,
-        cuda_graphs=cuda_graphs,
-        on_step=on_step,
-        streamer=streamer,
-    )
-    return model.generate(inputs, custom_generate=loop, stopping_criteria=criteria, **kwargs)
+        call = Call(model, inputs, generation_config, kwargs)
+        take_stop_strings(call, tokenizer)
+        heal_tokens(call, tokenizer)
+        return call.run(loop)
 
 
 def custom_generate(
-    drafter: str | PathLike[str] | Drafter = DEFAULT_DRAFTER,
+    drafter: str | Path | Drafter = DEFAULT_DRAFTER,
     verifier: str | Verifier = DEFAULT_VERIFIER,
     *,
     draft_model: Any | None = None,
@@ -141,12 +151,45 @@ def custom_generate(
 ) -> Callable[..., Any]:
     """A callable for ``model.generate(..., custom_generate=...)``; arguments as in :func:`generate`.
 
-    transformers hands such a callable neither the streamer nor the tokenizer: give the streamer here, and use
-    :func:`generate` for stop strings.
-    """
-    rule = make_verifier(verifier) if isinstance(verifier, str) else verifier
+    A streamer may be given here or to ``model.generate``. transformers hands such a callable no tokenizer: use
+    :func:`generate` for stop strings and token healing.
 
-    def run(
+    Raises:
+        ValueError: an argument of another kind than it must be; the message says which.
+    """
+    Stream(streamer)  # refuses what is none
+    check_callable("on_step", on_step)
+    return _Loop(
+        drafter_of(drafter),
+        verifier_of(verifier),
+        as_models(draft_model),
+        None if seed is None else PhiloxNoise(seed),
+        whole_number("max_nodes", max_nodes),
+        adaptive,
+        accelerate,
+        cuda_graphs,
+        on_step,
+        streamer,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """What ``model.generate`` calls when it has prepared everything."""
+
+    drafter: str | Path | Drafter
+    verifier: Verifier
+    draft_models: Sequence[Any]
+    noise: PhiloxNoise | None
+    max_nodes: int
+    adaptive: bool
+    accelerate: bool
+    cuda_graphs: bool
+    on_step: Callable[[Step], None] | None
+    streamer: Any | None
+
+    def __call__(
+        self,
         model: Any,
         input_ids: Tensor,
         logits_processor: Sequence[Any],
@@ -154,44 +197,53 @@ def custom_generate(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        recorders = graph_recorders(model) if cuda_graphs else None
-        ours = kernel_copy if cuda_graphs else accelerated_copy if accelerate else lambda plain: plain
+        dropped = dropped_arguments(model)
+        given = self.streamer if isinstance(self.streamer, Stream) else Stream(self.streamer)
+        with given, Stream(dropped.streamer, has_prompt=True) as found:
+            check_dropped(dropped)
+            if given.is_open and found.is_open:
+                raise ValueError("give the streamer to custom_generate or to model.generate, not to both")
+            check_generation_config(generation_config)
+            padding = check_inputs(input_ids, model_kwargs)
+            stream = found if found.is_open else given
+            batch = _Batch(input_ids, padding, generation_config, stopping_criteria, stream)
+            return self._run(self._decoder(model, batch, logits_processor), batch)
+
+    def _decoder(self, model: Any, batch: _Batch, processors: Sequence[Any]) -> Decoder:
+        recorders = graph_recorders(model) if self.cuda_graphs else None
+        ours = kernel_copy if self.cuda_graphs else accelerated_copy if self.accelerate else lambda plain: plain
         target = CausalLM(ours(what_runs(model)), recorders=recorders)
-        check_generation_config(generation_config)
-        padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
-        models = tuple(map(ours, _as_models(draft_model)))
-        plan = _plan(drafter, max_nodes, adaptive, target.model, len(input_ids))
+        drafts = DraftModels([ours(each) for each in self.draft_models])
+        plan = _plan(self.drafter, self.max_nodes, self.adaptive, target.model, len(batch.rows))
         named = plan.drafter
-        proposer = make_drafter(named, DraftContext(target, rule, models)) if isinstance(named, str) else named
+        context = DraftContext(target, self.verifier, drafts)
+        proposer = make_drafter(named, context) if isinstance(named, str) else named
+        if named is self.drafter:  # a tuned file may name a drafter that runs a model for other batches only
+            drafts.check_use(proposer.name)
         budget = make_budget(plan.max_nodes, plan.adaptive, plan.costs)
-        batch = _Batch(input_ids, padding, generation_config, stopping_criteria, streamer)
         given = Given(
-            input_ids,
+            batch.input_ids,
             batch.padding_tokens,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
+            processors,
+            batch.criteria,
+            batch.config,
             model,
             target.vocab_size,
         )
-        asked = arrange(given, rule, target)
-        noise = PhiloxNoise(int(torch.randint(2**62, ()).item()) if seed is None else seed)
-        decoder = Decoder(asked.target, proposer, rule, asked.policy, noise, asked.stop, budget)
+        asked = arrange(given, self.verifier, target)
+        noise = self.noise or PhiloxNoise(int(torch.randint(2**62, ()).item()))
+        return Decoder(asked.target, proposer, self.verifier, asked.policy, noise, asked.stop, budget)
+
+    def _run(self, decoder: Decoder, batch: _Batch) -> Any:
         stats = Stats()
+        batch.begin()
         for emission in decoder.run(batch.rows):
             stats.add(emission.step)
-            if on_step is not None:
-                on_step(emission.step)
+            if self.on_step is not None:
+                self.on_step(emission.step)
             batch.collect(emission)
+            del emission  # it holds what the pass computed, whose room the next pass may need
         return batch.result(stats)
-
-    return run
-
-
-def _as_models(given: Any) -> Sequence[Any]:
-    if given is None:
-        return ()
-    return given if isinstance(given, list | tuple) else (given,)
 
 
 # What passes of a model cost here, for as long as it lives: a call starts where the last one ended.
@@ -208,10 +260,10 @@ class _Plan:
     costs: PassCosts
 
 
-def _plan(drafter: str | PathLike[str] | Drafter, max_nodes: int, adaptive: bool, model: Any, num_rows: int) -> _Plan:
-    file = tuned_file(drafter) if isinstance(drafter, str | PathLike) else None
+def _plan(drafter: str | Path | Drafter, max_nodes: int, adaptive: bool, model: Any, num_rows: int) -> _Plan:
+    file = tuned_file(drafter) if isinstance(drafter, str | Path) else None
     if file is None:
-        assert not isinstance(drafter, PathLike)
+        assert not isinstance(drafter, Path)
         return _Plan(drafter, max_nodes, adaptive, _COSTS.setdefault(model, PassCosts()))
     tuned = load_tuned(file)
     warning = tuned.warning(model)
@@ -230,7 +282,7 @@ class _Batch:
     padding: list[int]  # (B,) masked tokens on the left
     config: Any
     criteria: Sequence[Any]
-    streamer: Any
+    stream: Stream
     rows: list[Row] = field(init=False)
     padding_tokens: dict[int, list[int]] = field(init=False)
     _num_streamed: int = 0
@@ -239,23 +291,21 @@ class _Batch:
     _scores: list[list[Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        width = self.input_ids.shape[1]
-        # One of the caller's takes the place of the config's, as in generate(): also if it allows more.
-        lengths = [c.max_length for c in self.criteria if type(c) is MaxLengthCriteria]
-        num_new = min(lengths or [self.config.max_length]) - width
-        if num_new <= 0:
-            raise ValueError(
-                f"max_length leaves no new token: the prompt has {width} tokens; raise max_new_tokens or max_length"
-            )
+        num_new = _num_new_tokens(self.input_ids.shape[1], self.config, self.criteria)
         tokens = self.input_ids.tolist()
         self.padding_tokens = {i: t[:n] for i, (t, n) in enumerate(zip(tokens, self.padding, strict=True))}
         self.rows = [
-            Row(i, t[n:], width - n + num_new) for i, (t, n) in enumerate(zip(tokens, self.padding, strict=True))
+            Row(i, t[n:], len(t) - n + num_new) for i, (t, n) in enumerate(zip(tokens, self.padding, strict=True))
         ]
+        are_padded = any(hasattr(c, "eos_token_id") for c in self.criteria)
+        if are_padded and self.config._pad_token_tensor is None and len(tokens) > 1:
+            raise ValueError("rows that end before others are filled with pad_token_id, which is not set; pass it")
         self._logits = [[] for _ in tokens]
         self._scores = [[] for _ in tokens]
-        if self.streamer is not None:
-            self.streamer.put(self.input_ids.cpu())
+
+    def begin(self) -> None:
+        """Show the prompts to the stream."""
+        self.stream.put_prompt(self.input_ids)
 
     def collect(self, emission: Emission) -> None:
         """Stream what every row has reached, and keep logits if they were asked for."""
@@ -263,18 +313,22 @@ class _Batch:
         if emission.step.finished:
             self._finished.add(row)
         if self.config.return_dict_in_generate and self.config.output_logits:
-            self._logits[row] += [emission.scores.logits[node].float() for node in nodes]
+            self._logits[row] += [self._kept(emission.scores.logits[node]) for node in nodes]
         if self.config.return_dict_in_generate and self.config.output_scores:
             assert isinstance(emission.probs, LazyProbs)
-            self._scores[row] += [emission.probs.scores(node) for node in nodes]
-        if self.streamer is not None:
+            self._scores[row] += [self._kept(emission.probs.scores(node)) for node in nodes]
+        if self.stream.is_open:
             self._stream()
 
+    def _kept(self, scores: Tensor) -> Tensor:
+        """A copy (V,) as generate() returns it; a view would keep everything that the pass computed."""
+        return scores.to(self.input_ids.device, torch.float32, copy=True)
+
     def _stream(self) -> None:
-        columns = min((r.num_emitted for r in self.rows if r.key not in self._finished), default=self._num_new)
+        columns = min([self._num_new, *(r.num_emitted for r in self.rows if r.key not in self._finished)])
         for i in range(self._num_streamed, columns):
             column = [r.tokens[r.num_prompt + i] if i < r.num_emitted else self._pad for r in self.rows]
-            self.streamer.put(torch.tensor(column))
+            self.stream.put(torch.tensor(column))
         self._num_streamed = max(columns, self._num_streamed)
 
     @property
@@ -287,21 +341,26 @@ class _Batch:
         return 0 if pad is None else int(pad)
 
     def result(self, stats: Stats) -> Any:
-        if self.streamer is not None:
-            self.streamer.end()
-        new = [row.tokens[row.num_prompt :] + [self._pad] * (self._num_new - row.num_emitted) for row in self.rows]
+        num_new = self._num_new
+        new = [(r.tokens[r.num_prompt :] + [self._pad] * (num_new - r.num_emitted))[:num_new] for r in self.rows]
         sequences = torch.cat([self.input_ids, torch.tensor(new, device=self.input_ids.device)], 1)
         if not self.config.return_dict_in_generate:
             return sequences
         return SpeculativeOutput(
             sequences=sequences,
-            scores=_by_step(self._scores) if self.config.output_scores else None,
-            logits=_by_step(self._logits) if self.config.output_logits else None,
+            scores=_by_step(self._scores, num_new) if self.config.output_scores else None,
+            logits=_by_step(self._logits, num_new) if self.config.output_logits else None,
             stats=stats,
         )
 
 
-def _by_step(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+def _by_step(rows: Sequence[Sequence[Tensor]], num_new: int) -> tuple[Tensor, ...]:
     """For each step (B, V); zeros where a row had ended."""
     blank = torch.zeros_like(rows[0][0])
-    return tuple(torch.stack([r[i] if i < len(r) else blank for r in rows]) for i in range(max(map(len, rows))))
+    return tuple(torch.stack([r[i] if i < len(r) else blank for r in rows]) for i in range(num_new))
+
+
+def _num_new_tokens(width: int, config: Any, criteria: Sequence[Any]) -> int:
+    """How many tokens a row of ``width`` may get; generate() takes one before it asks any criterion."""
+    longest: float = min([c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [config.max_length])
+    return max(1, math.ceil(min(longest, sys.maxsize)) - width)
