@@ -33,7 +33,8 @@ from specdec.drafters.none import NoDrafter
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.interfaces import Row
 from specdec.noise import PhiloxNoise
-from specdec.options import make_policy
+from specdec.options import fast_policy, sampling_params
+from specdec.policy import ProcessorPolicy
 from specdec.tree import TokenTree
 from specdec.verifiers import make_verifier
 
@@ -293,7 +294,7 @@ def policies(model: Any, **options: Any) -> list[Callable[[Tensor], Tensor]]:
     ((processors, config),) = seen
 
     def ours(config: Any) -> Callable[[Tensor], Tensor]:
-        policy = make_policy(processors, config, {0: []})
+        policy = fast_policy(processors, config) or ProcessorPolicy(processors, sampling_params(config), {0: []})
         row, tree = Row(0, IDS[0].tolist(), 20), TokenTree.root(int(IDS[0, -1]))
         return lambda logits: policy.target_probs(row, tree, specdec.interfaces.Scores(logits)).probs(0)
 
@@ -313,8 +314,8 @@ def test_the_edges_of_sampling_options_are_those_of_generate(model: Any, options
 
 def test_a_drafter_imitates_the_best_token_where_top_p_is_zero() -> None:
     config = GenerationConfig(do_sample=True, top_p=0.0, temperature=1.0, top_k=0)
-    policy = make_policy([RepetitionPenaltyLogitsProcessor(1.2), TopPLogitsWarper(0.0)], config, {})
-    assert 0 < policy.params.top_p < 1e-9
+    assert fast_policy([RepetitionPenaltyLogitsProcessor(1.2), TopPLogitsWarper(0.0)], config) is None
+    assert 0 < sampling_params(config).top_p < 1e-9
 
 
 @pytest.mark.parametrize(
