@@ -25,12 +25,12 @@ FOLDERS = {
 # Modules of one layer may import each other and everything in `may`; the first match counts.
 CORE = (
     "specdec.errors specdec.tree specdec.noise specdec.sampling specdec.interfaces specdec.trace specdec.metrics "
-    "specdec.provenance specdec.defaults specdec.files specdec.budget"
+    "specdec.provenance specdec.defaults specdec.files specdec.budget specdec.checks"
 ).split()
 MODEL = (
     "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
     "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.copies specdec.accelerate "
-    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer"
+    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer specdec.offload"
 ).split()
 RULES: list[tuple[str, list[str]]] = [
     ("specdec.kernels", ["specdec.kernels"]),
