@@ -26,12 +26,12 @@ FOLDERS = {
 CORE = (
     "specdec.errors specdec.tree specdec.noise specdec.sampling specdec.interfaces specdec.trace "
     "specdec.metrics specdec.provenance specdec.defaults specdec.files specdec.budget specdec.release "
-    "specdec.tuned specdec.hit_counts specdec.weight_index"
+    "specdec.tuned specdec.hit_counts specdec.weight_index specdec.checks"
 ).split()
 MODEL = (
     "specdec.wrapped specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
     "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.copies specdec.accelerate "
-    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer"
+    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer specdec.offload"
 ).split()
 RULES: list[tuple[str, list[str]]] = [
     ("specdec.kernels", ["specdec.kernels"]),
