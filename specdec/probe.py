@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from specdec.attention import MaskStyle, mask_style
 from specdec.errors import NonFiniteLogitsError, UnsupportedModelError
 from specdec.interfaces import Row, Scores
-from specdec.offload import loaded
 from specdec.tree import TokenTree
 from specdec.wrapped import model_inside, takes
 
@@ -66,7 +64,7 @@ def inspect_model(module: Any) -> Support:
         raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
     config = model.config.get_text_config()
     _refuse_recurrent(model, config, name)
-    limit, reason = _position_limit(config)
+    limit, reason = _position_limit(model, config)
     decoder = model.get_decoder()
     code = sys.modules[type(decoder).__module__]
     by_layer_type = getattr(config, "layer_types", None) is not None and _takes_masks_by_type(decoder)
@@ -77,9 +75,9 @@ def inspect_model(module: Any) -> Support:
         return Support(
             False, "its forward takes no position_ids, so siblings cannot share a position", None, limit, reason
         )
-    if _has_slot_window(model):
+    if _has_slot_mask(model):
         return Support(
-            False, "its local attention counts cache slots, so siblings would push tokens out", None, limit, reason
+            False, "its stored mask counts cache slots, so siblings would push tokens out of it", None, limit, reason
         )
     return Support(True, "", style, limit, reason)
 
@@ -110,21 +108,22 @@ def _takes_masks_by_type(decoder: nn.Module) -> bool:
     return any("dict" in forward.__code__.co_names for forward in forwards if hasattr(forward, "__code__"))
 
 
-def _has_slot_window(model: Any) -> bool:
-    """Whether a stored causal mask forgets old cache slots: siblings would count as distance (GPT-Neo's local layers)."""
-    for module in model.modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if _is_stored_mask(buffer)]
-        with loaded(module) if names else nullcontext():
-            if not all(bool(getattr(module, name)[..., -1, 0].all()) for name in names):
-                return True
-    return False
+def _has_slot_mask(model: Any) -> bool:
+    """Whether there is a stored causal mask over cache slots (GPT-Neo's).
+
+    Siblings would count as distance in one that forgets old slots, and as length in any: it ends at the last position, which
+    a tree's slots reach long before its tokens do.
+    """
+    masks = (b for b in model.buffers() if b.dtype in (torch.bool, torch.uint8) and b.dim() >= 2 and b.shape[-1] > 1)
+    return any(b.shape[-2] == b.shape[-1] for b in masks)
 
 
-def _is_stored_mask(b: Tensor) -> bool:
-    return b.dtype in (torch.bool, torch.uint8) and b.dim() >= 2 and b.shape[-1] > 1 and b.shape[-2] == b.shape[-1]
+def _has_growing_table(model: Any) -> bool:
+    """Whether positions are looked up in a computed table that its module makes longer when needed (XGLM's sinusoids)."""
+    return any(callable(getattr(module, "make_weights", None)) for module in model.modules())
 
 
-def _position_limit(config: Any) -> tuple[int | None, str]:
+def _position_limit(model: Any, config: Any) -> tuple[int | None, str]:
     """The number of positions beyond which the model has no table entry or changes its rotary frequencies."""
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     ropes = _ropes(config)
@@ -140,7 +139,7 @@ def _position_limit(config: Any) -> tuple[int | None, str]:
         # Llama 4 reads the temperature's step off cache slots, which run ahead of positions by a pass at most.
         limit = max(config.floor_scale - _LARGEST_PASS, 0)
         return limit, "its attention temperature counts cache slots beyond position"
-    if not ropes:
+    if not ropes and not _has_growing_table(model):
         return limit, "its table of positions has"
     return None, ""
 

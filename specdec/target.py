@@ -242,16 +242,14 @@ class CausalLM:
             raise ValueError(
                 f"token ids must be in [0, {self.vocab_size}) (the model's vocabulary), got {min(row.tokens)} to {max(row.tokens)}"
             )
-        context = getattr(self._config, "max_position_embeddings", None)
-        if context is not None and row.num_prompt > context:
-            raise ValueError(
-                f"the prompt has {row.num_prompt} tokens, but the model's context ends at {context}; shorten it"
-            )
         limit = self.support.max_positions
-        if limit is not None and row.max_tokens > limit and not may_outgrow:
+        needed = max(row.num_prompt, row.max_tokens - 1)  # the last token is never read
+        if limit is not None and needed > limit and not may_outgrow:
+            room = limit + 1 - row.num_prompt
+            advice = f"or ask for at most {room} new tokens" if room > 0 else f"to {limit} or fewer"
             raise ValueError(
-                f"prompt and new tokens need {row.max_tokens} positions, but {self.support.limit_reason} {limit}; "
-                f"shorten the prompt ({row.num_prompt} tokens) or ask for at most {max(limit - row.num_prompt, 0)} new tokens"
+                f"prompt and new tokens, without the last one, need {needed} positions, but {self.support.limit_reason} "
+                f"{limit}; shorten the prompt ({row.num_prompt} tokens) {advice}"
             )
 
     def _groups(self, parts: Sequence[Part]) -> list[list[int]]:

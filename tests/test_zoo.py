@@ -424,9 +424,9 @@ def test_positions_are_used_up_to_the_last_and_not_beyond(case):
     rng = random.Random(9)
     model = FAMILIES[name].build(**{"max_position_embeddings": 64 if case == "longrope" else 32, **options})
     lm = CausalLM(model)
-    with pytest.raises(ValueError, match=rf"33 positions.* {word}.*at most 11 new tokens"):
-        lm.open([make_row(rng, 0, 21, room=12)])
-    row = make_row(rng, 0, 21, room=11)
+    with pytest.raises(ValueError, match=rf"33 positions.* {word}.*at most 12 new tokens"):
+        lm.open([make_row(rng, 0, 21, room=13)])
+    row = make_row(rng, 0, 21, room=12)  # the last token is never read
     lm.open([row])
     while row.num_left:
         size = min(4, row.num_left)
@@ -444,8 +444,8 @@ def test_llama4s_attention_temperature_is_kept_within_its_first_step():
     model = FAMILIES["llama4"].build(attn_temperature_tuning=True, floor_scale=2148)
     lm = CausalLM(model)
     with pytest.raises(ValueError, match=r"attention temperature .* 100; shorten"):
-        lm.open([make_row(random.Random(0), 0, 90, room=11)])
-    lm.open([make_row(random.Random(0), 0, 90, room=10)])
+        lm.open([make_row(random.Random(0), 0, 90, room=12)])
+    lm.open([make_row(random.Random(0), 0, 90, room=11)])
 
 
 @pytest.mark.parametrize(
