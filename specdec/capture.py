@@ -25,7 +25,7 @@ def _ours(hook: Any) -> Any:
 
 def is_hook_of_ours(hook: Any) -> bool:
     """Whether it comes and goes with a pass and changes nothing in it; copies share their hooks with a model."""
-    return getattr(hook, _OURS, False)
+    return callable(hook) and getattr(hook, _OURS, None) is True
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ anew (``specdec.weight_watch``), hooks on what was replaced, and the attention.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -40,10 +40,11 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def is_changed(module: nn.Module) -> bool:
     """Whether a call of ``module`` is more than the forward of its class: hooks, or a forward of its own."""
-    return has_own_forward(module) or any(
-        hooks and not all(map(is_hook_of_ours, list(hooks.values())))
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-    )
+    return has_own_forward(module) or _are_foreign(module._forward_hooks) or _are_foreign(module._forward_pre_hooks)
+
+
+def _are_foreign(hooks: dict[int, Any]) -> bool:
+    return bool(hooks) and not all(map(is_hook_of_ours, list(hooks.values())))
 
 
 def replaceable(model: nn.Module) -> Iterator[nn.Module]:
@@ -85,43 +86,58 @@ def _config_views(owner: Any, known: dict[int, Any]) -> dict[str, Any]:
 
 
 class ModuleWatch:
-    """The modules below a model, their configs and hooks, and whether all these are still what they were."""
+    """The modules of a model, their hooks and the attention in their configs, and whether these are what they were.
+
+    All are held by weak references: what is gone may have left its id to another.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        members = (member for module in model.modules() for member in vars(module).items())
-        names = (name for name, value in members if isinstance(value, PreTrainedConfig))
-        self._config_names = tuple(dict.fromkeys(("config", *names)))
-        self._facts, objects = self._read(model)
-        self._objects = [ref(each) for each in objects]
-
-    def is_unchanged(self, model: nn.Module) -> bool:
-        facts, objects = self._read(model)
-        # Compared as objects too: what is gone may have left its id to another.
-        return facts == self._facts and all(known() is each for known, each in zip(self._objects, objects, strict=True))
-
-    def _read(self, model: nn.Module) -> tuple[list[Any], list[Any]]:
-        """What must be equal, and what must be the same objects."""
-        facts: list[Any] = []
-        objects: list[Any] = []
-        seen: set[int] = set()
-        waiting: list[Any] = [model]
+        modules = list(model.modules())
+        configs = [_configs(module) for module in modules]
+        self._classes = {cls: cls.forward for cls in map(type, modules)}
+        self._modules = [
+            (ref(module), type(module), is_changed(module), _children(module), _ids(own))
+            for module, own in zip(modules, configs, strict=True)
+        ]
+        self._configs: list[tuple[Any, str | None, dict[str, int]]] = []
+        waiting = {id(config): config for own in configs for config in own.values()}
         while waiting:
-            each = waiting.pop()
-            if id(each) in seen:
-                continue
-            seen.add(id(each))
-            if isinstance(each, nn.Module):
-                objects.append(each)
-                children, members = each._modules, vars(each)
-                facts.append((type(each), type(each).forward, is_changed(each), *children, *map(id, children.values())))
-                waiting += [child for child in children.values() if child is not None]
-                waiting += [members[name] for name in self._config_names if name in members]
-            elif isinstance(each, PreTrainedConfig):
-                objects.append(each)
-                nested = [value for value in list(vars(each).values()) if isinstance(value, PreTrainedConfig)]
-                facts.append((getattr(each, _ATTENTION, None), *map(id, nested)))
-                waiting += nested
-        return facts, objects
+            _, config = waiting.popitem()
+            nested = _configs(config)
+            self._configs.append((ref(config), getattr(config, _ATTENTION, None), _ids(nested)))
+            waiting.update({id(each): each for each in nested.values()})
+
+    def is_unchanged(self) -> bool:
+        for known, cls, changed, children, configs in self._modules:
+            module = known()
+            if module is None or type(module) is not cls or is_changed(module) is not changed:
+                return False
+            if (children or module._modules) and _children(module) != children:
+                return False
+            if configs and not _are_there(vars(module), configs):
+                return False
+        for known, attention, nested in self._configs:
+            config = known()
+            if config is None or getattr(config, _ATTENTION, None) != attention or not _are_there(vars(config), nested):
+                return False
+        return all(cls.forward is forward for cls, forward in self._classes.items())
+
+
+def _children(module: nn.Module) -> tuple[Any, ...]:
+    """Names, then ids: their order counts."""
+    return *module._modules, *map(id, module._modules.values())
+
+
+def _configs(owner: Any) -> dict[str, Any]:
+    return {name: value for name, value in list(vars(owner).items()) if isinstance(value, PreTrainedConfig)}
+
+
+def _ids(named: Mapping[str, Any]) -> dict[str, int]:
+    return {name: id(value) for name, value in named.items()}
+
+
+def _are_there(members: Mapping[str, Any], known: Mapping[str, int]) -> bool:
+    return all(id(members.get(name)) == number for name, number in known.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +162,7 @@ def kept_copy(
     with _MAKING:
         kept = copies.get(model)
         if kept is not None:
-            if kept.modules.is_unchanged(model) and kept.weights.is_unchanged():
+            if kept.modules.is_unchanged() and kept.weights.is_unchanged():
                 return kept.copy
             del copies[model], kept
         watches = ModuleWatch(model), WeightWatch(laid_out(model))

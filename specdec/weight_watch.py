@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-_MOST_SAMPLES = 1 << 15  # of one call: about a millisecond, because each lies in a cache line of its own
+_MOST_SAMPLES = 1 << 14  # of one call: about a millisecond, because each lies in a cache line of its own
 
 
 class WeightWatch:
@@ -46,10 +46,9 @@ class WeightWatch:
         if any(layer is None for layer in layers):
             return False
         tensors = list(_tensors(layers))
-        if len(tensors) != len(self._tensors) or any(
-            known() is not tensor or facts != _facts(tensor)
-            for known, facts, tensor in zip(self._tensors, self._facts, tensors, strict=True)
-        ):
+        if [_facts(tensor) for tensor in tensors] != self._facts:
+            return False
+        if any(known() is not tensor for known, tensor in zip(self._tensors, tensors, strict=True)):
             return False
         part, self._next = self._next, (self._next + 1) % self.num_parts
         return torch.equal(_sampled(tensors, self._parts[part]), self._samples[part])
@@ -86,11 +85,11 @@ def _part(count: int, step: int, num_parts: int, part: int) -> tuple[int, int, i
     return -(-(count - part) // num_parts), part * step, num_parts * step
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _sampled(tensors: Sequence[Tensor], part: Sequence[tuple[int, int, int]]) -> Tensor:
     """The bytes of the elements ``part`` says of each tensor."""
     found = []
     for tensor, (count, start, step) in zip(tensors, part, strict=True):
-        whole = tensor.contiguous()
+        whole = tensor if tensor.is_contiguous() else tensor.contiguous()
         found.append(whole.as_strided((count,), (step,), whole.storage_offset() + start))
     return torch.cat(found).view(torch.uint8) if found else torch.empty(0, dtype=torch.uint8, device="cpu")

@@ -30,7 +30,7 @@ CORE = (
 MODEL = (
     "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
     "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.copies specdec.accelerate "
-    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer specdec.module_views specdec.weight_watch"
+    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer specdec.module_views specdec.weight_watch specdec.host_state"
 ).split()
 RULES: list[tuple[str, list[str]]] = [
     ("specdec.kernels", ["specdec.kernels"]),
