@@ -94,7 +94,7 @@ class ModuleWatch:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         configs = [_configs(module) for module in modules]
-        self._classes = {cls: cls.forward for cls in map(type, modules)}
+        self._forwards: dict[type[Any], Any] = {type(module): type(module).forward for module in modules}
         self._modules = [
             (ref(module), type(module), is_changed(module), _children(module), _ids(own))
             for module, own in zip(modules, configs, strict=True)
@@ -120,7 +120,7 @@ class ModuleWatch:
             config = known()
             if config is None or getattr(config, _ATTENTION, None) != attention or not _are_there(vars(config), nested):
                 return False
-        return all(cls.forward is forward for cls, forward in self._classes.items())
+        return all(cls.forward is forward for cls, forward in self._forwards.items())
 
 
 def _children(module: nn.Module) -> tuple[Any, ...]:
@@ -152,7 +152,10 @@ _MAKING = threading.RLock()  # two threads must not both make the copy that one 
 
 
 def kept_copy(
-    copies: Copies, model: Any, make: Callable[[Any], Any], laid_out: Callable[[Any], Sequence[nn.Module]] = lambda _: ()
+    copies: Copies,
+    model: Any,
+    make: Callable[[Any], Any],
+    laid_out: Callable[[Any], Sequence[nn.Module]] = lambda _: (),
 ) -> Any:
     """``make(model)`` as kept in ``copies``, made anew when what it does not share with ``model`` has changed.
 

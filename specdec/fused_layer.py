@@ -43,7 +43,9 @@ _ATTENTION_NAMES = (
         " training attention_dropout dropout scaling sliding_window use_rope".split()
     )
 )
-_NORM_NAMES = frozenset("dtype to torch float32 pow mean keepdim rsqrt variance_epsilon eps weight F rms_norm normalized_shape".split())
+_NORM_NAMES = frozenset(
+    "dtype to torch float32 pow mean keepdim rsqrt variance_epsilon eps weight F rms_norm normalized_shape".split()
+)
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of what a layer adds: another order of summation
 _ATTENTION = "_attn_implementation_internal"  # where a config of transformers keeps its attention
 _MOST = 0.9  # of the channels: in one that nearly cancels, rounding is large
@@ -190,7 +192,8 @@ def norm_of(module: Any) -> Norm:
 
     Weight and epsilon are read at each call, and its code must read nothing else.
     """
-    members, weights = vars(module), module._parameters
+    members: dict[str, Any] = vars(module)
+    weights: dict[str, Tensor] = module._parameters
     eps = next((name for name in ("variance_epsilon", "eps") if isinstance(members.get(name), float)), None)
     weight = weights.get("weight")
     if eps is None or weight is None or weight.dim() != 1 or not _names(module) <= _NORM_NAMES:

@@ -20,8 +20,8 @@ _LONGEST = 1000  # entries of a list or a dict; of longer ones only their number
 _MOST = 100_000  # objects in all; the others count by their identity
 _ATOMS = {type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.Size}
 _CONTAINERS = {dict, OrderedDict, list, tuple, set}
-# Members of every module that its forward does not read, or that are read by other ways.
-_SKIPPED = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"}
+# Members of every module that its forward does not read, or that are read in another way.
+_SKIPPED = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers"}
 
 
 def host_state(model: nn.Module) -> Any:
@@ -53,7 +53,8 @@ class _Reader:
             return type(value), id(value)
         if isinstance(value, nn.Module):
             # Its children start anew: a model may be deeper than what hangs on a module.
-            members = [member for member in list(vars(value).items()) if member[0] not in _SKIPPED]
+            members = [(name, member) for name, member in list(vars(value).items()) if name not in _SKIPPED]
+            members += [(name, _foreign(getattr(value, name))) for name in ("_forward_hooks", "_forward_pre_hooks")]
             children = [(name, self.read(child, 0)) for name, child in value._modules.items()]
             return type(value), type(value).forward, self._entries(members, depth), children
         return self._of_object(value, depth + 1)
@@ -78,16 +79,20 @@ class _Reader:
         entries = list(items)
         if len(entries) > _LONGEST:
             return len(entries)
-        found = []
+        found: list[Any] = []
         for key, entry in entries:
             key = key if type(key) in _ATOMS else id(key)
             if type(entry) in _ATOMS:
                 found += (key, type(entry), entry)
             elif type(entry) in _CONTAINERS and not entry:
                 found += (key, type(entry))
-            elif not is_hook_of_ours(entry):
+            else:
                 found += (key, self.read(entry, depth))
         return found
+
+
+def _foreign(hooks: dict[int, Any]) -> dict[int, Any]:
+    return {number: hook for number, hook in list(hooks.items()) if not is_hook_of_ours(hook)}
 
 
 def _content(cell: Any) -> Any:

@@ -195,4 +195,3 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
     if min(weight.shape) < MIN_SIZE or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     return weight if is_linear else weight.t()
-
