@@ -10,18 +10,26 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from specdec.copies import Copies, kept_copy, sharing_copy
+from specdec.copies import Copies, kept_copy, shares_attention, sharing_copy
 from specdec.fused_layer import fuse
 from specdec.grouped_attention import NAME as GROUPED
 from specdec.offload import is_offloaded
-from specdec.packed_linear import is_packed, pack, packing_fault
+from specdec.packed_linear import is_packed, pack, packable, packing_fault
 
 _COPIES: Copies = WeakKeyDictionary()
 
 
 def accelerated_copy(model: Any) -> Any:
-    """``accelerated(model)``, kept for as long as ``model`` lives and made anew when it has changed (``kept_copy``)."""
-    return kept_copy(_COPIES, model, accelerated)
+    """``accelerated(model)``, kept for as long as ``model`` lives and made anew when it has changed.
+
+    What counts as a change, and the few that are not seen: docs/models.md; after one of these, ``drop_copy``.
+    """
+    return kept_copy(_COPIES, model, accelerated, packable)
+
+
+def drop_copy(model: Any) -> None:
+    """Let go of the copy that is kept for ``model``, and of its memory; the next call makes another one."""
+    _COPIES.pop(model, None)
 
 
 def accelerated(model: Any, in_place: bool = False) -> Any:
@@ -33,7 +41,9 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
         in_place: replace the layers of ``model`` itself, which then holds one copy of its weights and can no longer
             be trained, converted, moved, copied or saved; each of these is refused. Otherwise the model stays
             untouched and the result shares everything but the linear layers with it, which costs a second copy of
-            their weights.
+            their weights. All other weights, attributes, hooks and the mode are the same objects: whatever is set on
+            one is set on both. A module with a forward of its own (``module.forward = ...``, or compiled) then stays
+            as it is, with all below.
 
     A fused layer runs as the original one, only slower, while parts of it have hooks, a forward of their own or were
     replaced, and on any other attention. Linear layers are other modules afterwards: hooks belong on what
@@ -41,11 +51,12 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
     """
     if model.device.type != "cpu" or is_offloaded(model) or packing_fault(model.dtype) or is_packed(model):
         return model
-    if not in_place:
-        model = sharing_copy(model)
-    if model.config.get_text_config()._attn_implementation == "sdpa":
-        model.set_attn_implementation(GROUPED)
+    ours = model if in_place else sharing_copy(model)
+    if ours is model and not in_place:
+        return model
+    if model.config.get_text_config()._attn_implementation == "sdpa" and not shares_attention(ours):
+        ours.set_attn_implementation(GROUPED)
         with torch.autocast("cpu", enabled=False):  # its rounding would fail the trial of every layer
-            fuse(model)
-    pack(model)
-    return model
+            fuse(ours)
+    pack(ours)
+    return ours

@@ -15,6 +15,18 @@ from specdec.interfaces import Scores
 
 _HOOKING = Lock()  # torch numbers hooks without one: two threads could get the same number and lose a hook
 
+_OURS = "specdec_capture"
+
+
+def _ours(hook: Any) -> Any:
+    setattr(hook, _OURS, True)
+    return hook
+
+
+def is_hook_of_ours(hook: Any) -> bool:
+    """Whether it comes and goes with a pass and changes nothing in it; copies share their hooks with a model."""
+    return callable(hook) and getattr(hook, _OURS, None) is True
+
 
 @dataclass(slots=True)
 class Captured:
@@ -104,12 +116,14 @@ class Capture:
             features = torch.cat([self._seen.pop(i)[:, -num_columns:].to(device) for i in self.layers], -1)
         return Captured(hidden, features)
 
+    @_ours
     def _see_last(self, _: nn.Module, __: Any, output: Any) -> None:
         if get_ident() == self._thread:
             self._seen[-1] = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     def _input_hook(self, key: int) -> Any:
         # While this thread comes or goes, torch may call a hook without keywords in another one.
+        @_ours
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
             if get_ident() == self._thread:
                 self._seen[key] = args[0] if args else (kwargs or {})["hidden_states"]

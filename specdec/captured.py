@@ -8,6 +8,7 @@ bucket. Replays and ordinary passes share one cache and may follow each other in
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -20,9 +21,10 @@ from torch import Tensor
 from specdec.attention import MaskStyle
 from specdec.cache import RaggedCache
 from specdec.capture import Capture
-from specdec.copies import Copies, kept_copy, sharing_copy
-from specdec.errors import UnsupportedOptionError
+from specdec.copies import Copies, kept_copy, shares_attention, sharing_copy
+from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.grouped_attention import NAME, use_kernels
+from specdec.host_state import host_state
 from specdec.interfaces import Scores
 from specdec.kernels.attention import MAX_AREA
 from specdec.kernels.gpu import device_unavailable
@@ -51,7 +53,10 @@ class CapturedPasses:
     ``needs_check``): a model whose code held on to a number must not be wrong in silence.
     """
 
-    def __init__(self, style: MaskStyle, recorders: Callable[[], Recorder], device: torch.device) -> None:
+    def __init__(
+        self, style: MaskStyle, recorders: Callable[[], Recorder], device: torch.device, made_for: Any = None
+    ) -> None:
+        self.made_for = made_for  # the state of the model that they hold
         self.fault = ""  # why nothing is recorded any more; empty while all is well
         self.needs_check = False
         self.num_recordings = self.num_replays = 0
@@ -137,31 +142,33 @@ class CapturedPasses:
 
 
 # What engines left behind when their last row ended, for the next one on the same model: a recording takes longer
-# than many passes, and generate() builds an engine at every call.
+# than many passes, and generate() builds an engine at every call. With what it was made for.
 _IDLE: WeakKeyDictionary[Any, list[tuple[Any, RaggedCache, CapturedPasses]]] = WeakKeyDictionary()
-
-
-def _state(model: Any, style: MaskStyle, recorders: Callable[[], Recorder]) -> Any:
-    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
-    return style, recorders, torch.is_inference_mode_enabled(), weights
+_LENDING = threading.Lock()
 
 
 def borrow(
     model: Any, style: MaskStyle, recorders: Callable[[], Recorder], new_cache: Callable[[], RaggedCache]
 ) -> tuple[RaggedCache, CapturedPasses]:
-    """A cache and passes recorded over it, which nobody else uses until they are given back."""
-    state, idle = _state(model, style, recorders), _IDLE.get(model, [])
-    while idle:
-        made_for, cache, passes = idle.pop()
-        if made_for == state:
-            return cache, passes
-    return new_cache(), CapturedPasses(style, recorders, model.get_input_embeddings().weight.device)
+    """A cache and passes recorded over it, which nobody else uses until they are given back.
+
+    Recordings that were made when an attribute of ``model`` was another, or a weight lay elsewhere, are dropped.
+    """
+    state = style, recorders, torch.is_inference_mode_enabled(), host_state(model)
+    with _LENDING:
+        idle = _IDLE.get(model, [])
+        while idle:
+            made_for, cache, passes = idle.pop()
+            if made_for == state:
+                return cache, passes
+    device = model.get_input_embeddings().weight.device
+    return new_cache(), CapturedPasses(style, recorders, device, made_for=state)
 
 
 def give_back(model: Any, cache: RaggedCache, passes: CapturedPasses) -> None:
     """Leave them to the next engine on ``model``."""
-    state = _state(model, passes.style, passes.recorders)
-    _IDLE.setdefault(model, []).append((state, cache, passes))
+    with _LENDING:
+        _IDLE.setdefault(model, []).append((passes.made_for, cache, passes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +201,11 @@ _COPIES: Copies = WeakKeyDictionary()
 
 
 def kernel_copy(model: Any) -> Any:
-    """``model`` on our attention: a copy that shares all weights, kept as by ``kept_copy``.
+    """``model`` on our attention: a copy that shares all else with it, kept as by ``kept_copy``.
 
     Raises:
-        UnsupportedModelError: the model keeps another attention.
+        UnsupportedModelError: the model keeps another attention, or a part of it with an attention has a forward of
+            its own.
     """
     return kept_copy(_COPIES, model, _on_kernels)
 
@@ -206,6 +214,11 @@ def _on_kernels(model: Any) -> Any:
     if model.config.get_text_config()._attn_implementation == NAME:
         return model
     ours = sharing_copy(model)
+    if ours is model or shares_attention(ours):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot run on another attention beside its own: it, or a model within it, was given "
+            "a forward of its own; remove that, or leave cuda_graphs out"
+        )
     use_kernels(ours)
     return ours
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.capture import decoder_layers
-from specdec.packed_linear import PackedLinear, PackedSlice, is_changed, plain_weight
+from specdec.copies import is_changed, replaceable
+from specdec.module_views import ModuleView, own_attributes, view_of
+from specdec.packed_linear import PackedLinear, PackedSlice, plain_weight
 
 _KEYWORDS = frozenset("attention_mask position_ids past_key_values use_cache position_embeddings".split())
 _PARTS = frozenset("input_layernorm self_attn post_attention_layernorm mlp".split())
@@ -42,6 +43,9 @@ _ATTENTION_NAMES = (
         " training attention_dropout dropout scaling sliding_window use_rope".split()
     )
 )
+_NORM_NAMES = frozenset(
+    "dtype to torch float32 pow mean keepdim rsqrt variance_epsilon eps weight F rms_norm normalized_shape".split()
+)
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of what a layer adds: another order of summation
 _ATTENTION = "_attn_implementation_internal"  # where a config of transformers keeps its attention
 _MOST = 0.9  # of the channels: in one that nearly cancels, rounding is large
@@ -52,7 +56,7 @@ class FusedLayer:
 
     Takes the weights of ``layer`` into packed matrices of its own and leaves views of these in their place. While
     the layer differs from what was tried (parts with hooks or a forward of their own, parts that were replaced,
-    another attention), its own code runs over these views.
+    another attention), its own code runs over these views. All numbers that its code reads are read at each call.
     """
 
     def __init__(self, layer: nn.Module, rotation: Rotation) -> None:
@@ -60,7 +64,8 @@ class FusedLayer:
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         self.attention = attention
-        self.rotation = rotation if getattr(attention, "use_rope", True) else None
+        self.rotation = rotation
+        self._members, self._turns = vars(attention), getattr(attention, "use_rope", True)
         self.head_dim: int = attention.head_dim
         self.num_q: int = attention.q_proj.weight.shape[0] // self.head_dim
         self.num_kv: int = attention.k_proj.weight.shape[0] // self.head_dim
@@ -71,20 +76,25 @@ class FusedLayer:
         self.gate_up = merged(mlp, ("gate_proj", "up_proj"))
         attention.o_proj = self.out = PackedLinear.of(attention.o_proj)
         mlp.down_proj = self.down = PackedLinear.of(mlp.down_proj)
-        self.act: Callable[[Tensor], Tensor] = silu if is_silu(mlp.act_fn) else mlp.act_fn
+        self.act: Callable[[Tensor], Tensor] = mlp.act_fn
         self._implementation: str = attention.config._attn_implementation
-        self._config = vars(attention.config)  # reading the attribute itself takes as long as a small operator
-        self._known_setting = self._config.get(_ATTENTION)
+        self._config = attention.config
         self._parts = Parts(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What ``layer.forward`` takes and returns."""
-        if self._config.get(_ATTENTION) != self._known_setting or self._parts.are_changed():
+        if not self._is_as_tried():
             return self._unfused(*args, **kwargs)
         if torch.is_autocast_enabled("cpu"):  # packed weights have one dtype
             with torch.autocast("cpu", enabled=False):
                 return self.fused(*args, **kwargs)
         return self.fused(*args, **kwargs)
+
+    def _is_as_tried(self) -> bool:
+        # Read like this because a config's own way takes as long as a small operator.
+        attention = object.__getattribute__(self._config, _ATTENTION)
+        is_same = attention == self._implementation and self.attention.head_dim == self.head_dim
+        return is_same and not self._parts.are_changed()
 
     def fused(
         self,
@@ -113,7 +123,7 @@ class FusedLayer:
         if self.q_norm is not None and self.k_norm is not None:
             query, key = rotated.split((self.num_q, self.num_kv), 1)
             rotated = torch.cat((self.q_norm(query), self.k_norm(key)), 1)
-        if self.rotation is not None:
+        if self._members.get("use_rope", self._turns):
             rotated = self.rotation(rotated, *position_embeddings)
         query, key = rotated.split((self.num_q, self.num_kv), 1)
         if cache is not None:
@@ -178,25 +188,24 @@ class Rotation:
 
 
 def norm_of(module: Any) -> Norm:
-    """``module`` as one fused operator if that is the same to the last bit, else ``module`` itself."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+    """``module`` as one fused operator if that is the same to the last bit, else ``module`` itself.
+
+    Weight and epsilon are read at each call, and its code must read nothing else.
+    """
+    members: dict[str, Any] = vars(module)
+    weights: dict[str, Tensor] = module._parameters
+    eps = next((name for name in ("variance_epsilon", "eps") if isinstance(members.get(name), float)), None)
+    weight = weights.get("weight")
+    if eps is None or weight is None or weight.dim() != 1 or not _names(module) <= _NORM_NAMES:
         return module  # type: ignore[no-any-return]
-    shape = tuple(weight.shape)
 
     def fused(x: Tensor) -> Tensor:
-        return torch.rms_norm(x, shape, None, eps) * weight
+        return torch.rms_norm(x, x.shape[-1:], None, float(members[eps])) * weights["weight"]
 
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.01, 0.1, 1.0, 10.0, 100.0])[:, None]
-    x = (torch.randn(5, shape[0], generator=generator) * scales).to(weight.dtype)[None]
+    x = (torch.randn(5, len(weight), generator=generator) * scales).to(weight.dtype)[None]
     return fused if torch.equal(fused(x), module(x)) else module
-
-
-def is_silu(act: nn.Module) -> bool:
-    x = torch.linspace(-8, 8, 64)
-    return torch.equal(act(x), silu(x))
 
 
 def merged(parent: nn.Module, names: Sequence[str]) -> PackedLinear:
@@ -221,13 +230,23 @@ def fuse(model: Any) -> int:
         children = {module: dict(module.named_children()) for module in (layer.self_attn, layer.mlp)}
         fused = _tried(layer, rotation, *call)
         if fused is not None:
-            layer.forward = fused
+            _install(model, layer, fused)
             count += 1
         else:
             for module, named in children.items():
                 for name, child in named.items():
                     setattr(module, name, child)
     return count
+
+
+def _install(model: Any, layer: Any, fused: FusedLayer) -> None:
+    """Let ``fused`` be the forward of ``layer``; of a view it must not become that of its original."""
+    if not isinstance(layer, ModuleView):
+        layer.forward = fused
+        return
+    ours = view_of(layer, {**own_attributes(layer), "forward": fused})
+    children = decoder_layers(model)._modules
+    children.update({name: ours for name, child in children.items() if child is layer})
 
 
 @torch.no_grad()
@@ -275,7 +294,8 @@ def _candidates(model: Any) -> list[Any]:
         layers = list(decoder_layers(model))
     except (ValueError, AttributeError):
         return []
-    return [layer for layer in layers if _is_known(layer)]
+    own = set(replaceable(model))
+    return [layer for layer in layers if _is_known(layer) and own.issuperset((layer, layer.self_attn, layer.mlp))]
 
 
 def _is_known(layer: Any) -> bool:
@@ -326,7 +346,8 @@ def _trial(model: Any, layers: Sequence[Any]) -> dict[Any, tuple[tuple[Any, ...]
     calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
 
     def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(output, Tensor) and len(args) == 1 and set(kwargs) <= _KEYWORDS:
+        # A copy shares its hooks with the model, which may be running in another thread.
+        if layer in layers and isinstance(output, Tensor) and len(args) == 1 and set(kwargs) <= _KEYWORDS:
             calls[layer] = (args, kwargs, output)
 
     handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]

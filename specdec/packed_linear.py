@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+
+from specdec.copies import is_changed, replaceable
+from specdec.weight_watch import WeightWatch
 
 MIN_SIZE = 64  # smaller layers gain nothing
 _ROWS_HINT = 16  # rows of a typical verification pass
@@ -22,7 +26,14 @@ class PackedLinear(nn.Module):
     """y = x W^T + b with W in oneDNN's own layout; for inference only.
 
     Computed in the dtype of W. Under ``torch.autocast`` y has that one's dtype, as with a plain layer.
+
+    Code that looks at ``weight`` gets that of the layer in whose place this one stands, while that layer lives, and may
+    write to it in the midst of a pass, as a merged adapter does that is switched off. From then on it is looked whether
+    it did; if so, that layer itself runs.
     """
+
+    _replaced: Callable[[], Any]
+    _watch: WeightWatch | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -30,18 +41,31 @@ class PackedLinear(nn.Module):
         self.dtype = weight.dtype
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)
         self.bias = None if bias is None else bias.detach()
+        self._replaced, self._is_transposed, self._watch = _none, False, None
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> PackedLinear:
-        return cls(layer.weight, layer.bias)
+    def of(cls, layer: Any) -> PackedLinear:
+        """To stand in the place of ``layer``, which has a ``plain_weight``."""
+        weight = plain_weight(layer)
+        assert weight is not None
+        packed = cls(weight, layer.bias)
+        packed._replaced, packed._is_transposed = ref(layer), weight is not layer.weight
+        return packed
 
     @property
     def weight(self) -> Tensor:
-        """A plain copy (out, in): some models look at a layer's weight."""
-        plain: Tensor = self.packed.to_dense()
-        return plain
+        """That of the replaced layer, or a copy in its shape if it is gone."""
+        layer = self._replaced()
+        if layer is None:
+            plain: Tensor = self.packed.to_dense()
+            return plain.t() if self._is_transposed else plain
+        if self._watch is None:
+            self._watch = WeightWatch([layer])
+        return layer.weight  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._watch is not None and (layer := self._rewritten(self._watch)) is not None:
+            return layer(x)  # type: ignore[no-any-return]
         if x.dtype is not self.dtype:
             x = x.to(self.dtype)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
@@ -53,12 +77,17 @@ class PackedLinear(nn.Module):
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """``forward(x) + other``; in 16 bits rounded twice, as two separate operators round."""
-        if self.dtype is not torch.float32 or other.dtype is not torch.float32:
+        if self.dtype is not torch.float32 or other.dtype is not torch.float32 or self._watch is not None:
             return self.forward(x) + other
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x.to(self.dtype), other, self.packed, self.bias, "add")
         if y.requires_grad:
             _refuse_gradients(y)
         return y
+
+    def _rewritten(self, watch: WeightWatch) -> Any:
+        """The replaced layer, if its weight is no longer what was packed."""
+        layer = self._replaced()
+        return None if layer is None or watch.is_unchanged() else layer
 
     def __getstate__(self) -> Any:
         raise TypeError(
@@ -76,6 +105,10 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, *_: Any) -> None:
         self.__getstate__()  # a file without these weights would look like a whole one
+
+
+def _none() -> None:
+    """A reference to nothing."""
 
 
 def _refuse_gradients(y: Tensor) -> None:
@@ -138,14 +171,17 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-def pack(module: nn.Module) -> None:
-    """Replace the linear layers below ``module`` that can be packed."""
-    for parent in list(module.modules()):
+def pack(model: nn.Module) -> None:
+    """Replace the linear layers below ``model`` that can be packed, but for those that a copy shares."""
+    for parent in list(replaceable(model)):
         for name, child in list(parent.named_children()):
-            weight = plain_weight(child)
-            if weight is not None:
-                bias: Any = child.bias
-                setattr(parent, name, PackedLinear(weight, bias))
+            if plain_weight(child) is not None:
+                setattr(parent, name, PackedLinear.of(child))
+
+
+def packable(model: nn.Module) -> list[nn.Module]:
+    """The layers of ``model`` that can be packed."""
+    return [module for module in model.modules() if plain_weight(module) is not None]
 
 
 def plain_weight(layer: nn.Module) -> Tensor | None:
@@ -159,8 +195,3 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
     if min(weight.shape) < MIN_SIZE or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     return weight if is_linear else weight.t()
-
-
-def is_changed(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is more than the forward of its class: hooks, or a forward of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -46,7 +46,7 @@ def build(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any
 
 
 def num_fused(model: Any) -> int:
-    return sum(isinstance(vars(module).get("forward"), FusedLayer) for module in model.modules())
+    return sum(isinstance(module.forward, FusedLayer) for module in model.modules())
 
 
 def score(model: Any) -> list[torch.Tensor]:
@@ -174,7 +174,7 @@ def test_a_layer_that_does_more_than_is_known_stays_as_it_is(change: Callable[[A
     model = build("llama")
     change(model.model.layers[1])
     assert fuse(model) == LAYERS - 1
-    assert not isinstance(vars(model.model.layers[1]).get("forward"), FusedLayer)
+    assert not isinstance(model.model.layers[1].forward, FusedLayer)
 
 
 def test_names_keywords_and_strings_of_a_forward_are_seen() -> None:

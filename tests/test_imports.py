@@ -31,7 +31,8 @@ CORE = (
 MODEL = (
     "specdec.wrapped specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
     "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.copies specdec.accelerate "
-    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer specdec.offload"
+    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer specdec.offload "
+    "specdec.module_views specdec.weight_watch specdec.host_state"
 ).split()
 RULES: list[tuple[str, list[str]]] = [
     ("specdec.kernels", ["specdec.kernels"]),
