@@ -81,7 +81,7 @@ class EagleDrafter:
 
 
 def build(context: DraftContext) -> Drafter:
-    """Options: path (default: shipped), layers (2+16+29), shape (best-first, chain, 3x2x1, FILE.json), children, num_tokens, top_k, nodes."""
+    """Options: path (default: shipped), layers (2+16+29), shape (best-first, chain, 3x2, FILE.json), children, num_tokens, top_k, nodes."""
     return _build(context, **context.options)
 
 

@@ -141,6 +141,20 @@ class EagleConfig:
         """The names of the flags of EAGLE-3's network that are set."""
         return tuple(name for name in FLAGS if getattr(self, name))
 
+    def unusual(self) -> tuple[str, ...]:
+        """What sets the head apart from EAGLE-3's paper, by the names of config keys: not every engine reads it."""
+        found = {
+            "num_hidden_layers": self.num_hidden_layers > 1,
+            "use_aux_hidden_state": self.num_features == 0,
+            "eagle_aux_hidden_state_layer_ids": self.feature_layers is not None,
+            "qk_norm": self.qk_norm,
+            "attention_bias": self.attention_bias and self.output_bias,
+            "a bias of q_proj or o_proj alone": self.attention_bias != self.output_bias,
+            "mlp_bias": self.mlp_bias,
+            "bias": self.fc_bias,
+        }
+        return (*self.flags(), *(name for name, holds in found.items() if holds))
+
     def to_dict(self) -> dict[str, Any]:
         """The config.json of the EAGLE-3 layout that serving engines read."""
         return {
