@@ -34,7 +34,7 @@ def read_fields(layout: Layout) -> dict[str, Any]:
         "fc_bias": keys.flag("bias", "fusion_bias"),
         "ties_output": keys.flag("tie_word_embeddings"),
         "shares_output": keys.flag(SHARES_OUTPUT),
-        "torch_dtype": str(keys.get("torch_dtype") or keys.get("dtype") or "float32"),
+        "torch_dtype": str(keys.get("torch_dtype", keys.get("dtype", "float32"))),
         "bos_token_id": keys.get("bos_token_id"),
         "eos_token_id": keys.get("eos_token_id"),
     }
