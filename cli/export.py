@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from specdec.metrics import Stats
 
 EXAMPLE = "Example: specdec export eagle3 my-eagle --target MODEL --output exported --for vllm"
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _NUM_TOKENS = 3  # drafted ahead by the vllm command, and measured
 
 
@@ -29,6 +31,17 @@ class Engine(StrEnum):
     VLLM = "vllm"
     SGLANG = "sglang"
     LLAMA_CPP = "llama.cpp"
+
+
+# Which config keys of unusual heads each engine is known to read; others it would pass over in silence.
+_READS = {
+    Engine.VLLM: {
+        "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "num_hidden_layers", "use_aux_hidden_state",
+        _LAYER_IDS, "qk_norm", "attention_bias", "mlp_bias",
+    },
+    Engine.SGLANG: {"norm_before_fc", "fc_norm", "norm_output", "use_aux_hidden_state", _LAYER_IDS, "bias"},
+    Engine.LLAMA_CPP: {"norm_before_residual", "norm_before_fc"},
+}  # fmt: skip
 
 
 def export(
@@ -52,9 +65,11 @@ def export(
     the exported chain accepts here in vLLM's field names, to compare with what the engine reports.
     """
     options.set_threads(threads)
+    import torch
+
     from specdec.drafters.checkpoint_io import read_json
     from specdec.drafters.eagle_cell import EagleCell
-    from specdec.drafters.eagle_engine import share_output
+    from specdec.drafters.eagle_engine import head_layers, share_output
     from specdec.drafters.eagle_format import load_eagle, save_eagle
     from specdec.drafters.shipped import mismatch, target_facts
     from specdec.files import write_json, write_text
@@ -71,15 +86,30 @@ def export(
     cell = load_eagle(drafter, facts["hidden_size"], facts["vocab_size"])
     if not isinstance(cell, EagleCell):
         raise ValueError(f"{drafter} is a head of EAGLE-1 or 2, which these engines no longer read; train eagle anew")
+    head_layers(cell.config, facts["num_hidden_layers"])
+    if unread := unread_keys(cell.config.unusual(), engine):
+        raise ValueError(
+            f"{engine.value} is not known to read {', '.join(unread)} of {drafter}, and would draft badly without a word; "
+            "choose another engine with --for, or train a head with specdec train eagle"
+        )
     share_output(cell, model)
-    save_eagle(cell.to(_stored_dtype(drafter)), output)
-    commands = serve_commands(_name_for_engines(target), output)
+    save_eagle(cell.to(getattr(torch, cell.config.torch_dtype, torch.float32)), output)
+    commands = {
+        each: command
+        for each, command in serve_commands(_name_for_engines(target), output).items()
+        if not unread_keys(cell.config.unusual(), each)
+    }
     write_text(output / "README.md", _readme(target, commands))
     if measure > 0:
         stats = chain_acceptance(output, target, model, measure)
         write_json(output / "acceptance.json", acceptance_facts(stats))
         tell(f"mean acceptance length of a chain of {_NUM_TOKENS}: {stats.mean_acceptance_length:.2f}")
     print(commands[engine])
+
+
+def unread_keys(unusual: Sequence[str], engine: Engine) -> list[str]:
+    """Which of a head's ``unusual`` config keys ``engine`` is not known to read."""
+    return [key for key in unusual if key not in _READS[engine]]
 
 
 def serve_commands(target: str, folder: Path) -> dict[Engine, str]:
@@ -127,14 +157,6 @@ def _name_for_engines(target: str) -> str:
     """A built-in model lies in a folder that an engine can read."""
     is_built_in = target in [known.name for known in known_models()]
     return str(model_path(target)) if is_built_in else target
-
-
-def _stored_dtype(folder: Path) -> Any:
-    import torch
-
-    from specdec.drafters.checkpoint_io import read_json
-
-    return getattr(torch, str(read_json(folder / "config.json").get("torch_dtype", "float32")))
 
 
 def _readme(target: str, commands: dict[Engine, str]) -> str:

@@ -79,13 +79,14 @@ class EagleDrafter(Drafter):
 
 
 def build(context: DraftContext) -> Drafter:
-    """Options: path (default: the shipped head), shape (best-first, chain, 3x2x1, FILE.json), children, num_tokens, top_k, nodes."""
+    """Options: path (default: shipped), layers (2+16+29), shape (best-first, chain, 3x2, FILE.json), children, num_tokens, top_k, nodes."""
     return _build(context, **context.options)
 
 
 def _build(
     context: DraftContext,
     path: Any = None,
+    layers: Any = None,
     shape: Any = "best-first",
     children: str | None = None,
     num_tokens: int = 5,
@@ -97,6 +98,22 @@ def _build(
     place = find("eagle", "smollm2-135m-eagle3", target, path)
     form = Shape.parse(str(shape), top_k, num_tokens, min_confidence, nodes)
     chosen = choose_children(children, context.verifier.is_coupled, form)
-    key = ("eagle", *version(place))
-    cell = kept(target, key, lambda: load_eagle(place, target.hidden_size, target.vocab_size))
+    chosen_layers = None if layers is None else parse_layers(layers)
+    key = ("eagle", *version(place), chosen_layers)
+    cell = kept(target, key, lambda: load_eagle(place, target.hidden_size, target.vocab_size, chosen_layers))
     return EagleDrafter(EagleEngine(cell, target), form, chosen)
+
+
+def parse_layers(text: object) -> tuple[int, ...]:
+    """Entries of the target's ``hidden_states`` from text such as "2+16+29", in that order.
+
+    Raises:
+        ValueError: no numbers joined by +.
+    """
+    parts = str(text).split("+")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(
+            "layers must be entries of the target's hidden_states joined by +, such as 2+16+29 (0 is the embeddings, i "
+            f"what layer i - 1 puts out), got {text!r}"
+        )
+    return tuple(int(part) for part in parts)

@@ -2,7 +2,7 @@
 
 Both read, for each position, the embedding of the next token and a state: at first one made of the target's features,
 then their own output. Attention is the caller's: training unrolls it, drafting keeps a cache. State-dict keys are
-those of the published layout. Letters: B rows, T columns, H hidden size, D head size, G key-value heads, V target
+those of the published layouts. Letters: B rows, T columns, H hidden size, D head size, G key-value heads, V target
 vocabulary, Vd draft vocabulary.
 """
 
@@ -35,7 +35,9 @@ class _Attention(nn.Module):
         self.q_proj = nn.Linear(in_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(in_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(in_size, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.qkv: PackedLinear | None = None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +46,9 @@ class _Attention(nn.Module):
         projected = self.qkv(x) if self.qkv else torch.cat([layer(x) for layer in projections], -1)
         heads = projected.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
         turned, v = torch.split(heads, [self.num_heads + self.num_groups, self.num_groups], 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = torch.split(turned, [self.num_heads, self.num_groups], 1)
+            turned = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
         turned = turned * cos + turned.roll(self.head_dim // 2, -1) * sin
         q, k = torch.split(turned, [self.num_heads, self.num_groups], 1)
         return q, k, v
@@ -56,9 +61,9 @@ class _Attention(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, config: EagleConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.activation = ACT2FN[config.hidden_act]
         self.gate_up: PackedLinear | None = None
 
@@ -113,9 +118,13 @@ class _Rotary(nn.Module):
 
 
 class EagleCell(nn.Module):
-    """EAGLE-3's one decoder layer: r = h; a = attn(cat[input_layernorm(emb), hidden_norm(h)]); h = r + a; h += mlp."""
+    """EAGLE-3: r = h; a = attn(cat[input_layernorm(emb), hidden_norm(h)]); h = r + a; h += mlp; perhaps more layers.
 
-    num_layers = 1
+    Published heads differ in four flags of their config: ``norm_before_fc`` and ``fc_norm`` norm the target's features
+    together or one by one, ``norm_before_residual`` takes hidden_norm(h) as r, and with ``norm_output`` the next step
+    reads what the output matrix reads.
+    """
+
     has_output = True
     d2t: Tensor  # (Vd,) target id - draft id
     t2d: Tensor  # (V,) which target ids the draft vocabulary holds
@@ -124,10 +133,17 @@ class EagleCell(nn.Module):
         """``draft_vocab`` (Vd,) are target ids in rising order; None: the first Vd ids, until weights are loaded."""
         super().__init__()
         self.config = config
-        size = config.hidden_size
-        self.fc = nn.Linear(3 * config.target_hidden_size, size, bias=False)
+        self.num_layers = config.num_hidden_layers
+        size, eps, number = config.hidden_size, config.rms_norm_eps, config.num_features
+        width = config.target_hidden_size
+        self.input_norm = nn.RMSNorm(number * width, eps) if config.norm_before_fc and number else None
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(width, eps) for _ in range(number)) if config.fc_norm else None
+        self.fc = nn.Linear(number * width, size, bias=config.fc_bias) if number else None
         self.midlayer = _Layer(config, 2 * size, ("hidden_norm", "input_layernorm"))
-        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.layers = nn.ModuleDict(
+            {str(i): _Layer(config, size, ("input_layernorm",)) for i in range(1, self.num_layers)}
+        )
+        self.norm = nn.RMSNorm(size, eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         self.embed_tokens = nn.Embedding(config.vocab_size, size) if config.has_embedding else None
         self.rotary = _Rotary(config)
@@ -137,29 +153,43 @@ class EagleCell(nn.Module):
         self.register_buffer("d2t", ids - torch.arange(len(ids)))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its weights are stored in."""
+        return self.norm.weight.dtype
+
     def fuse(self, features: Tensor) -> Tensor:
-        """The first states (..., H), from three of the target's layers side by side (..., 3H)."""
+        """The first states (..., H), from the target's layers side by side (..., F), or its last state (..., H)."""
+        if self.fc is None:
+            return features
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = features.chunk(len(self.fc_norm), -1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
         states: Tensor = self.fc(features)
         return states
 
-    def qkv(self, embeds: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, heads, T, D), k and v (B, G, T, D), rotated; ``embeds`` and ``states`` (B, T, H), ``positions`` (B, T)."""
-        layer = self.midlayer
-        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(states)], -1)
-        return layer.self_attn.project(x, *self.rotary(positions, x.dtype))
-
-    def finish(self, states: Tensor, attended: Tensor) -> Tensor:
-        """The next states (B, T, H), before any norm: what the next step reads."""
-        residual = self.midlayer.hidden_norm(states) if self.config.norm_before_residual else states
-        return self.midlayer.finish(residual, attended)
-
     def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The next states (B, T, H)."""
-        return self.finish(states, attend(0, *self.qkv(embeds, states, positions)))
+        """What the next step reads (B, T, H), from ``embeds`` and ``states`` (B, T, H) at ``positions`` (B, T)."""
+        layer = self.midlayer
+        normed = layer.hidden_norm(states)
+        x = torch.cat([layer.input_layernorm(embeds), normed], -1)
+        angles = self.rotary(positions, x.dtype)
+        residual = normed if self.config.norm_before_residual else states
+        h = layer.finish(residual, attend(0, *layer.self_attn.project(x, *angles)))
+        for i, module in enumerate(self.layers.values(), 1):
+            layer = cast(_Layer, module)
+            h = layer.finish(h, attend(i, *layer.self_attn.project(layer.input_layernorm(h), *angles)))
+        return self.norm(h) if self.config.norm_output else h
+
+    def outputs(self, states: Tensor) -> Tensor:
+        """(..., H) what the output matrix reads, from what ``forward`` returned."""
+        return states if self.config.norm_output else self.norm(states)
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., Vd) over the draft vocabulary."""
-        out: Tensor = self.lm_head(self.norm(states))
+        out: Tensor = self.lm_head(self.outputs(states))
         return out
 
     def target_ids(self) -> Tensor:

@@ -6,23 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from specdec.drafters.eagle_layouts import Layout, flattened
+from specdec.drafters.eagle_reading import FLAGS, NUM_FEATURES, SHARES_OUTPUT, read_fields
+from specdec.drafters.eagle_rope import ROPE_TYPES, head_rope
 from specdec.errors import CheckpointError
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-# Heads were published under the name of their base class, too.
-_KNOWN = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "EagleLlamaForCausalLM", "LlamaForCausalLM")
-# Engines count these one apart, and both mean hidden_states[2], [L // 2] and [L - 3]: the only features known here.
-_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-_ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
+_QK_NORM_ARCHITECTURE = "Eagle3Qwen3ForCausalLM"
 _SIZES = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "draft_vocab_size", "target_hidden_size", "num_hidden_layers", "max_position_embeddings",
 )  # fmt: skip
-_SHARES_OUTPUT = "specdec_shares_output"  # our own: other engines need the matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +41,22 @@ class EagleConfig:
     max_position_embeddings: int = 2048
     num_hidden_layers: int = 1
     hidden_act: str = "silu"
-    norm_before_residual: bool = False
+    num_features: int = NUM_FEATURES  # layers of the target side by side; 0: its last hidden state, without fc
+    feature_layers: tuple[int, ...] | None = None  # entries of hidden_states; None: those of EAGLE-3's paper
+    norm_before_residual: bool = False  # the first layer's residual is the state after its norm
+    norm_before_fc: bool = False  # one norm over all features
+    fc_norm: bool = False  # a norm over each feature
+    norm_output: bool = False  # the next step reads the state after the last norm
+    qk_norm: bool = False  # queries and keys are normalised, head by head
     torch_dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_id: int | None = None
-    attention_bias: bool = False
+    attention_bias: bool = False  # of queries, keys and values
+    output_bias: bool = False  # of what joins the heads
+    mlp_bias: bool = False
     fc_bias: bool = False
     has_embedding: bool = False  # an embedding of its own; otherwise the target's
+    ties_output: bool = False  # its embedding is its output matrix, where it has no other
     shares_output: bool = False  # the target's output matrix at the draft vocabulary, not stored with the head
 
     @classmethod
@@ -73,43 +81,22 @@ class EagleConfig:
         }
         rope = getattr(config, "rope_parameters", None)
         if rope and "rope_theta" in rope:  # others are keyed by layer type: the head keeps plain ones
-            fields["rope_parameters"] = dict(rope)
+            fields["rope_parameters"] = head_rope(rope)
         return cls(**(fields | changes))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> EagleConfig:
-        """From a config.json.
+        """From a config.json in any known layout (see ``eagle_layouts``); unknown keys are named in a warning.
 
         Raises:
-            CheckpointError: an architecture, layer ids or a size that are not understood.
+            CheckpointError: an architecture, a size or a flag that is not understood.
         """
-        _check_architecture(config)
-        try:
-            size, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            found = cls(
-                hidden_size=size,
-                intermediate_size=int(config["intermediate_size"]),
-                num_attention_heads=heads,
-                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or size // max(heads, 1)),
-                vocab_size=int(config["vocab_size"]),
-                draft_vocab_size=int(config.get("draft_vocab_size") or config["vocab_size"]),
-                target_hidden_size=int(config.get("target_hidden_size") or size),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-                rope_parameters=_rope(config),
-                max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-                num_hidden_layers=int(config.get("num_hidden_layers", 1)),
-                hidden_act=str(config.get("hidden_act", "silu")),
-                norm_before_residual=bool(config.get("norm_before_residual", False)),
-                torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "float32"),
-                bos_token_id=config.get("bos_token_id"),
-                eos_token_id=config.get("eos_token_id"),
-                shares_output=bool(config.get(_SHARES_OUTPUT, False)),
-            )
-        except KeyError as error:
-            raise CheckpointError(f"the head's config.json lacks {error}") from None
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"the head's config.json holds a value that is no size: {error}") from None
+        return cls.from_layout(flattened(config))
+
+    @classmethod
+    def from_layout(cls, layout: Layout) -> EagleConfig:
+        """As ``from_dict``."""
+        found = cls(**read_fields(layout))
         found._check()
         return found
 
@@ -125,19 +112,58 @@ class EagleConfig:
                 f"head_dim, got {groups}, {heads} and {self.head_dim}"
             )
         kind = self.rope_parameters["rope_type"]
-        for name, value, known in (("hidden_act", self.hidden_act, ACT2FN), ("rope_type", kind, _ROPE_TYPES)):
+        for name, value, known in (("hidden_act", self.hidden_act, ACT2FN), ("rope_type", kind, ROPE_TYPES)):
             if value not in known:
                 raise CheckpointError(f"{name} {value!r} in the head's config.json is not known to transformers")
+        if self.feature_layers is not None and len(self.feature_layers) != self.num_features:
+            raise CheckpointError(
+                f"the head's config.json says num_aux_hidden_states {self.num_features}, but names "
+                f"{len(self.feature_layers)} layers of the target"
+            )
+        if self.num_features == 0 and (self.norm_before_fc or self.fc_norm):
+            raise CheckpointError(
+                "the head's config.json says use_aux_hidden_state false, so there is no fc and no norm before it: "
+                "norm_before_fc and fc_norm must be false"
+            )
+        try:
+            frequencies = LlamaRotaryEmbedding(self.llama()).inv_freq
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, StrictDataclassError) as error:
+            raise CheckpointError(
+                f"positions cannot be made of the rope_parameters in the head's config.json: {error}"
+            ) from None
+        if len(frequencies) != self.head_dim // 2 or not bool(frequencies.isfinite().all()):
+            raise CheckpointError(
+                f"the rope_parameters in the head's config.json must give {self.head_dim // 2} finite frequencies (half of "
+                f"head_dim), got {frequencies.tolist()[:4]}: check factor, rope_theta and the lengths of lists"
+            )
+
+    def flags(self) -> tuple[str, ...]:
+        """The names of the flags of EAGLE-3's network that are set."""
+        return tuple(name for name in FLAGS if getattr(self, name))
+
+    def unusual(self) -> tuple[str, ...]:
+        """What sets the head apart from EAGLE-3's paper, by the names of config keys: not every engine reads it."""
+        found = {
+            "num_hidden_layers": self.num_hidden_layers > 1,
+            "use_aux_hidden_state": self.num_features == 0,
+            "eagle_aux_hidden_state_layer_ids": self.feature_layers is not None,
+            "qk_norm": self.qk_norm,
+            "attention_bias": self.attention_bias and self.output_bias,
+            "a bias of q_proj or o_proj alone": self.attention_bias != self.output_bias,
+            "mlp_bias": self.mlp_bias,
+            "bias": self.fc_bias,
+        }
+        return (*self.flags(), *(name for name, holds in found.items() if holds))
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json of the EAGLE-3 layout that serving engines read."""
         return {
-            "architectures": [ARCHITECTURE],
-            "model_type": "llama",
+            "architectures": [_QK_NORM_ARCHITECTURE if self.qk_norm else ARCHITECTURE],
+            "model_type": "qwen3" if self.qk_norm else "llama",
             "hidden_size": self.hidden_size,
             "target_hidden_size": self.target_hidden_size,
             "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": 1,
+            "num_hidden_layers": self.num_hidden_layers,
             "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
@@ -155,7 +181,25 @@ class EagleConfig:
             "torch_dtype": self.torch_dtype,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
-            **({_SHARES_OUTPUT: True} if self.shares_output else {}),
+            **{name: True for name in (*self.flags(), "mlp_bias") if getattr(self, name)},
+            **({"bias": True} if self.fc_bias else {}),
+            **self._layers(),
+            **({SHARES_OUTPUT: True} if self.shares_output else {}),
+        }
+
+    def _layers(self) -> dict[str, Any]:
+        """Which layers of the target the head reads, in each engine's own count; nothing where all agree."""
+        if self.num_features == 0:
+            return {"eagle_config": {"use_aux_hidden_state": False}}
+        if self.feature_layers is None:
+            return {}
+        return {
+            "num_aux_hidden_states": self.num_features,
+            "eagle_aux_hidden_state_layer_ids": list(self.feature_layers),  # vLLM: 0 is the embeddings
+            "eagle_config": {  # SGLang: 0 is what layer 0 puts out
+                "use_aux_hidden_state": True,
+                "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in self.feature_layers],
+            },
         }
 
     def _rope_scaling(self) -> dict[str, Any]:
@@ -167,7 +211,7 @@ class EagleConfig:
     def llama(self) -> LlamaConfig:
         """What transformers' rotary embeddings are made from."""
         return LlamaConfig(
-            hidden_size=self.hidden_size,
+            hidden_size=self.num_attention_heads * self.head_dim,  # a head's own may be no multiple
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
             head_dim=self.head_dim,
@@ -183,28 +227,3 @@ def _size(config: Any, name: str) -> int | None:
     except RuntimeError:  # transformers' own, where layers differ
         return None
     return value if isinstance(value, int) else None
-
-
-def _check_architecture(config: Mapping[str, Any]) -> None:
-    names = config.get("architectures") or []
-    unknown = [name for name in names if name not in _KNOWN]
-    if unknown:
-        raise CheckpointError(f"the head's architecture {unknown[0]} is not known here; known are {', '.join(_KNOWN)}")
-    ids = config.get(_LAYER_IDS) or (config.get("eagle_config") or {}).get(_LAYER_IDS)
-    if ids is not None:
-        raise CheckpointError(
-            f"the head's config names the target's layers itself ({_LAYER_IDS} = {ids}), and engines disagree by one on "
-            "what that means; only heads trained on hidden_states[2], [L // 2] and [L - 3] can be used"
-        )
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' rope_parameters, also from the older rope_theta and rope_scaling."""
-    parameters = dict(config.get("rope_parameters") or {})
-    if not parameters:
-        parameters = dict(config.get("rope_scaling") or {})
-        if "type" in parameters:
-            parameters.setdefault("rope_type", parameters.pop("type"))
-    parameters.setdefault("rope_type", "default")
-    parameters.setdefault("rope_theta", float(config.get("rope_theta") or 10000.0))
-    return parameters

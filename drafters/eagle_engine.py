@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from specdec.attention import visibility
 from specdec.cache import RaggedCache
 from specdec.drafters.eagle_cell import EagleCell, FeatureCell, pack_cell
+from specdec.drafters.eagle_config import EagleConfig
+from specdec.drafters.eagle_reading import NUM_FEATURES
 from specdec.drafters.shipped import draft_dtype
+from specdec.errors import CheckpointError
 from specdec.grouped_attention import grouped_attention
 from specdec.interfaces import ModelTarget, Row, Scores
 from specdec.offload import loaded
@@ -50,7 +53,7 @@ class EagleEngine:
             pack_cell(self.cell)
         self.layers: tuple[int, ...] = ()
         if isinstance(cell, EagleCell):
-            self.layers = feature_layers(target.model.config.get_text_config().num_hidden_layers)
+            self.layers = head_layers(cell.config, target.model.config.get_text_config().num_hidden_layers)
         target.request(hidden=not self.layers, layers=self.layers)
         self._embed: Any = cell.embed_tokens or target.model.get_input_embeddings()
         self._output: Any = cell.logits if isinstance(cell, EagleCell) else target.model.get_output_embeddings()
@@ -174,6 +177,28 @@ def share_output(cell: EagleCell, model: Any) -> None:
         with loaded(model.get_output_embeddings()) as output:
             cell.lm_head.weight.copy_(output.weight[cell.target_ids().to(output.weight.device)])
         cell.config = replace(cell.config, shares_output=False)  # from now on it has its own
+
+
+def head_layers(config: EagleConfig, num_layers: int) -> tuple[int, ...]:
+    """What a head reads of a target with ``num_layers`` layers: entries of its ``hidden_states``; (): its last state.
+
+    Raises:
+        CheckpointError: the target has no such layers, or the head does not say which it reads.
+    """
+    if config.num_features == 0:
+        return ()
+    if config.feature_layers is None and config.num_features != NUM_FEATURES:
+        raise CheckpointError(
+            f"the head reads {config.num_features} layers of its target and does not say which; name entries of "
+            "hidden_states with the option layers, such as layers=2+16+29"
+        )
+    layers = config.feature_layers or feature_layers(num_layers)
+    if max(layers) >= num_layers:
+        raise CheckpointError(
+            f"the head reads hidden_states{list(layers)} of its target, which has {num_layers} layers: the entries 0 to "
+            f"{num_layers - 1}; was it made for another target? Others can be named with the option layers"
+        )
+    return layers
 
 
 def feature_layers(num_layers: int) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from tinychat import VOCAB, Command, make_tokenizer, save
 from trained import random_eagle, tiny_target
 from transformers import LlamaForCausalLM
 
-from specdec.cli.export import Engine, Layout, export, serve_commands
+from specdec.cli.export import Engine, Layout, export, serve_commands, unread_keys
 from specdec.drafters.eagle_cell import EagleCell
 from specdec.drafters.eagle_engine import feature_layers
 from specdec.drafters.eagle_format import load_eagle, save_eagle
@@ -138,6 +138,56 @@ def test_the_printed_command_names_target_and_folder(exported: tuple[Path, str],
     assert all(command in (exported[0] / "README.md").read_text() for command in (exported[1].strip(),))
 
 
+LAYERS = "eagle_aux_hidden_state_layer_ids"
+UNUSUAL: dict[str, tuple[dict[str, Any], set[Engine]]] = {
+    "plain": ({}, set(Engine)),
+    "norm_before_residual": ({"norm_before_residual": True}, {Engine.VLLM, Engine.LLAMA_CPP}),
+    "norm_before_fc": ({"norm_before_fc": True}, set(Engine)),
+    "fc_norm and norm_output": ({"fc_norm": True, "norm_output": True}, {Engine.VLLM, Engine.SGLANG}),
+    "its own layers": ({"feature_layers": (1, 4, 7)}, {Engine.VLLM, Engine.SGLANG}),
+    "two layers": ({"num_hidden_layers": 2}, {Engine.VLLM}),
+    "qk_norm": ({"qk_norm": True}, {Engine.VLLM}),
+    "biases": ({"attention_bias": True, "output_bias": True, "mlp_bias": True}, {Engine.VLLM}),
+    "half of the biases": ({"attention_bias": True}, set()),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_a_head_is_served_only_by_engines_that_read_its_config(kind: str) -> None:
+    """Guards flags that an engine passes over in silence: SGLang knows no norm_before_residual."""
+    changes, readers = UNUSUAL[kind]
+    unusual = random_eagle(make_target(), IDS, **changes).config.unusual()
+    assert {engine for engine in Engine if not unread_keys(unusual, engine)} == readers
+
+
+def test_an_engine_that_would_draft_badly_is_refused_and_left_out(
+    folders: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, model = folders[0], make_target()
+    save_eagle(random_eagle(model, IDS, norm_before_residual=True), tmp_path / "head", target_facts(model))
+    output = tmp_path / "out"
+    words = ["export", "eagle3", str(tmp_path / "head"), "--target", target, "--output", str(output), "--measure", "0"]
+    refused = Command(monkeypatch, capsys)(*words, "--for", "sglang")
+    assert refused.status == 2
+    assert "sglang is not known to read norm_before_residual" in refused.error
+    assert not output.exists()
+    assert Command(monkeypatch, capsys)(*words, "--for", "vllm").status == 0
+    readme = (output / "README.md").read_text()
+    assert "vllm serve" in readme
+    assert "sglang" not in readme
+    assert json.loads((output / "config.json").read_text())["norm_before_residual"] is True
+
+
+def test_layers_of_its_own_are_written_as_each_engine_counts_them(tmp_path: Path) -> None:
+    """vLLM reads hidden_states[id]; SGLang what layer id puts out, hidden_states[id + 1]."""
+    save_eagle(random_eagle(make_target(), IDS, feature_layers=(0, 4, 7)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config[LAYERS] == [0, 4, 7]
+    assert config["eagle_config"][LAYERS] == [-1, 3, 6]
+    cell = load_eagle(tmp_path, 32, VOCAB)
+    assert cell.config.feature_layers == (0, 4, 7)
+
+
 @pytest.mark.parametrize("fault", ["not empty", "another target", "no head"])
 def test_what_cannot_be_exported_is_refused(
     folders: tuple[str, Path],
@@ -182,6 +232,8 @@ def test_speculators_reads_the_folder_and_drafts_the_same_tokens(
     config = Eagle3SpeculatorConfig.from_pretrained(converted)
     config.transformer_layer_config._attn_implementation = "eager"
     theirs = Eagle3DraftModel.from_pretrained(converted, config=config).eval()
+    # It takes the target's embedding where it finds NaN, but what it finds there is whatever the memory held.
+    torch.nn.init.constant_(theirs.embed_tokens.weight, torch.nan)
     theirs.load_verifier_weights()
     theirs.float()
     model, cell = make_target(), load_eagle(exported[0], 32, VOCAB)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from trained import eagle_config, random_feature_cell, tiny_target
+from trained import eagle_config, random_eagle, random_feature_cell, tiny_target
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from zoo import FAMILIES, VOCAB
 
 import specdec
 from specdec.capture import decoder_layers
 from specdec.drafters.checkpoint_io import save_tensors
-from specdec.drafters.eagle_format import load_eagle
+from specdec.drafters.eagle_format import load_eagle, save_eagle
 from specdec.drafters.medusa_heads import load_medusa
 from specdec.drafters.training.data import Conversation
 from specdec.drafters.training.draft import DraftTraining, pruned
@@ -233,6 +233,15 @@ def test_an_older_eagle_head_and_another_vocabulary_are_no_start(
     pruned(tiny_target(vocab=61, layers=3), 2).save_pretrained(tmp_path / "small")
     with pytest.raises(CheckpointError, match="61 token ids"):
         job(model, store, tmp_path / "b", "draft", start_from=str(tmp_path / "small")).run()
+
+
+def test_a_head_that_reads_other_layers_is_no_start(
+    model: LlamaForCausalLM, store: FeatureStore, tmp_path: Path
+) -> None:
+    """Guards training on features that the head was not made for."""
+    save_eagle(random_eagle(model, feature_layers=(0, 1, 2)), tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"reads hidden_states\[0, 1, 2\] .* not trained further"):
+        job(model, store, tmp_path / "a", "eagle", start_from=str(tmp_path / "other"), own_output=True).run()
 
 
 def drafted_ids(folder: Path, kind: str, model: LlamaForCausalLM) -> list[int]:

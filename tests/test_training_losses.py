@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -247,14 +248,14 @@ def drafted(cell: EagleCell, embeds: Tensor, features: Tensor, root: int, num_st
     ``embeds`` (T, H) of the tokens of one text, ``features`` (T, F). Slot t reads the embedding of token t + 1. Keys
     grow with every slot: true ones up to the root, then the cell's own.
     """
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    keys: list[list[Tensor]] = [[] for _ in range(cell.num_layers)]
+    values: list[list[Tensor]] = [[] for _ in range(cell.num_layers)]
 
-    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys.append(k[0, :, 0])
-        values.append(v[0, :, 0])
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys[layer].append(k[0, :, 0])
+        values[layer].append(v[0, :, 0])
         ratio = q.shape[1] // k.shape[1]
-        seen_keys, seen_values = (torch.stack(x, 1).repeat_interleave(ratio, 0) for x in (keys, values))
+        seen_keys, seen_values = (torch.stack(x[layer], 1).repeat_interleave(ratio, 0) for x in (keys, values))
         weights = (seen_keys @ q[0, :, 0, :, None] / q.shape[-1] ** 0.5).softmax(1)
         return (weights.transpose(1, 2) @ seen_values)[None]
 
@@ -306,6 +307,21 @@ def agrees_with_drafting(module: EagleTraining, batch: dict[str, Tensor]) -> boo
 def test_training_is_drafting_from_every_slot_at_once(model: LlamaForCausalLM, cell: EagleCell, num_steps: int) -> None:
     module = EagleTraining(cell, model.get_input_embeddings().weight.detach(), num_steps)
     assert agrees_with_drafting(module, eagle_batch(model, [9, 12, 2, 5]))
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "norm_output": {"norm_output": True},
+    "two layers": {"num_hidden_layers": 2},
+    "norms before fc and of queries": {"norm_before_fc": True, "fc_norm": True, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_so_it_is_for_cells_of_published_kinds(model: LlamaForCausalLM, kind: str) -> None:
+    """Guards a state that is normed twice, and keys of two layers in one list."""
+    cell = random_eagle(model, DRAFT_VOCAB, **PUBLISHED[kind]).double()
+    module = EagleTraining(cell, model.get_input_embeddings().weight.detach(), 3)
+    assert agrees_with_drafting(module, eagle_batch(model, [9, 12, 5]))
 
 
 def later_mask(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:

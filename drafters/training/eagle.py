@@ -48,7 +48,7 @@ class EagleTraining(nn.Module):
         num_slots = tokens.shape[1] - 1
         slots = torch.arange(num_slots, device=tokens.device)
         positions = slots.expand(len(tokens), -1)
-        dtype = self.cell.fc.weight.dtype
+        dtype = self.cell.dtype
         embeds = self.embedding[tokens[:, 1:]].to(dtype)
         features = batch["features"][:, :-1].to(dtype)
         loss = embeds.new_zeros(())
@@ -57,7 +57,7 @@ class EagleTraining(nn.Module):
             valid = (slots + 1 < lengths[:, None]) & (slots >= step)
             top_ids, top_logprobs = (batch[key][:, 1:][valid] for key in ("top_ids", "top_logprobs"))
             step_loss, rank = self.targets(
-                self.cell.norm(states[valid]), self.cell.lm_head.weight, top_ids, top_logprobs
+                self.cell.outputs(states[valid]), self.cell.lm_head.weight, top_ids, top_logprobs
             )
             loss = loss + DECAY**step * step_loss
             ranks.append(rank)
@@ -69,13 +69,13 @@ def unrolled(cell: EagleCell, embeds: Tensor, features: Tensor, positions: Tenso
 
     Step k reads at slot t what step k - 1 put out at slot t - 1.
     """
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    keys: list[list[Tensor]] = [[] for _ in range(cell.num_layers)]
+    values: list[list[Tensor]] = [[] for _ in range(cell.num_layers)]
 
-    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys.append(k)
-        values.append(v)
-        return unrolled_attention(q, keys, values)
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys[layer].append(k)
+        values[layer].append(v)
+        return unrolled_attention(q, keys[layer], values[layer])
 
     states = cell.fuse(features)
     for step in range(num_steps):
@@ -137,7 +137,7 @@ def warm_start(cell: EagleCell, model: nn.Module) -> bool:
             fitted = False
             continue
         parameter.copy_(value)
-    if cell.fc.weight.shape == (size, 3 * size):
+    if cell.fc is not None and cell.fc.weight.shape == (size, 3 * size):
         cell.fc.weight.zero_()
         cell.fc.weight[:, 2 * size :].fill_diagonal_(1.0)
     head = model.get_output_embeddings().weight  # type: ignore[operator]

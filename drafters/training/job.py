@@ -15,7 +15,7 @@ from specdec.drafters import format_drafter
 from specdec.drafters.checkpoint_io import check_vocab, read_json
 from specdec.drafters.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.eagle_config import EagleConfig
-from specdec.drafters.eagle_engine import share_output
+from specdec.drafters.eagle_engine import head_layers, share_output
 from specdec.drafters.eagle_format import load_eagle, save_eagle
 from specdec.drafters.medusa_heads import MedusaHeads, load_medusa, save_medusa
 from specdec.drafters.shipped import target_facts
@@ -105,6 +105,13 @@ class Job:
         start: Any = load(path, config.hidden_size, config.vocab_size)
         if isinstance(start, FeatureCell):
             raise CheckpointError(f"{path} is an EAGLE-1 or 2 head: only EAGLE-3 heads are trained here")
+        if isinstance(start, EagleCell):
+            layers = head_layers(start.config, config.num_hidden_layers)
+            if layers != tuple(self.store.layers):
+                raise CheckpointError(
+                    f"{path} reads hidden_states{list(layers)} of its target, and heads are trained here on "
+                    f"hidden_states{list(self.store.layers)}: it can be used, but not trained further"
+                )
         shares = start.shares_output if recipe.kind == "medusa" else start.config.shares_output
         if shares == recipe.own_output:
             wanted = (
