@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from specdec.interfaces import Limit, Row, Scores, TargetProbs, Verdict
+from specdec.interfaces import BatchRule, Limit, Row, Scores, TargetProbs, Verdict
 from specdec.noise import Noise, RowNoise
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
@@ -89,6 +89,9 @@ class SyntheticVerifier:
     is_coupled: bool = False
     chain_only: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
+
+    def batch_rule(self, params: SamplingParams) -> BatchRule | None:
+        return None
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         accepted = 0

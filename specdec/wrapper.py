@@ -27,6 +27,7 @@ from specdec.budget import PassCosts, make_budget
 from specdec.captured import graph_recorders, kernel_copy
 from specdec.decode import Decoder, Emission
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
+from specdec.device_verdicts import BatchVerdicts
 from specdec.drafters import make_drafter
 from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import DraftContext, Drafter, Row, Step, Verifier
@@ -166,7 +167,8 @@ def custom_generate(
         batch = _Batch(input_ids, padding, generation_config, stopping_criteria, streamer)
         policy = make_policy(logits_processor, generation_config, batch.padding_tokens)
         noise = PhiloxNoise(int(torch.randint(2**62, ()).item()) if seed is None else seed)
-        decoder = Decoder(target, proposer, rule, policy, noise, batch.stop, budget)
+        decide = BatchVerdicts(rule, policy, noise)
+        decoder = Decoder(target, proposer, rule, policy, noise, batch.stop, budget, decide=decide)
         stats = Stats()
         for emission in decoder.run(batch.rows):
             stats.add(emission.step)

@@ -36,13 +36,13 @@ RULES: list[tuple[str, list[str]]] = [
     ("specdec.kernels", ["specdec.kernels"]),
     ("specdec.analysis", ["specdec.analysis", "specdec.trace", "specdec.errors", "specdec.defaults"]),
     ("specdec.drafters", ["specdec.drafters", "specdec.kernels", "specdec.decode", "specdec.policy", *CORE, *MODEL]),
-    ("specdec.verifiers", ["specdec.verifiers", "specdec.kernels", "specdec.device_verdicts", "specdec.decode", *CORE]),
+    ("specdec.verifiers", ["specdec.verifiers", *CORE]),
     ("specdec.cli", ["specdec"]),
     *((module, CORE) for module in CORE),
     *((module, ["specdec.kernels", *CORE, *MODEL]) for module in MODEL),
     ("specdec.policy", CORE),
-    ("specdec.device_verdicts", ["specdec.kernels", "specdec.policy", *CORE]),
-    ("specdec.decode", ["specdec.device_verdicts", "specdec.policy", *CORE]),
+    ("specdec.device_verdicts", ["specdec.kernels", "specdec.policy", "specdec.decode", *CORE]),
+    ("specdec.decode", ["specdec.policy", *CORE]),
 ]
 
 
