@@ -9,8 +9,9 @@ from typing import Any
 from specdec.drafters.growth import Children, Growing, Shape, choose_children, grow
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.errors import UnsupportedModelError
-from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
+from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Target, Verdict
 from specdec.noise import Noise
+from specdec.replay import ReplayPool
 from specdec.sampling import SamplingParams
 from specdec.target import CausalLM
 from specdec.tree import TokenTree
@@ -119,12 +120,17 @@ def _build(
     chosen = choose_children(children, context.verifier.is_coupled, form)
     parts = []
     for model in context.draft_models:
-        engine = CausalLM(model, recorders=getattr(context.target, "recorders", None))
+        engine = CausalLM(model, replays=_replays(context.target, model))
         check_vocabulary(engine, context.target)
         size: int = context.target.vocab_size  # type: ignore[attr-defined]
         parts.append(ModelDrafter(engine, form, chosen, size if size != engine.vocab_size else None))
     # Several draft models: SpecInfer's merge-based speculation.
     return parts[0] if len(parts) == 1 else HybridDrafter(parts, name="model")
+
+
+def _replays(target: Target, model: Any) -> ReplayPool | None:
+    """Recorded passes for a draft model, if its target has them."""
+    return target.replays.beside(model) if isinstance(target, CausalLM) and target.replays else None
 
 
 def check_vocabulary(engine: CausalLM, target: Any) -> None:

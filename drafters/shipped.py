@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 
 from specdec.drafters.checkpoint_io import CONFIG, read_json
 from specdec.errors import UnsupportedModelError
+from specdec.model_state import ModelState
 from specdec.packed_linear import is_packed, packing_fault
 from specdec.target import CausalLM
 
@@ -85,19 +85,12 @@ def draft_dtype(target: CausalLM) -> torch.dtype:
     return dtype
 
 
-_KEPT: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
-
-
 def kept(target: CausalLM, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """What ``make`` makes for a target, made once for as long as the target's model lives.
 
     generate() builds its drafter at every call, which must not read and lay out a head's weights anew.
     """
-    found = _KEPT.setdefault(target.model, {})
-    if key not in found:
-        found[key] = make()
-    made: T = found[key]
-    return made
+    return ModelState.of(target.model).keep(key, make)
 
 
 def version(path: Path) -> tuple[str, int]:

@@ -6,21 +6,18 @@ Everything falls back to the plain layers where a part does not fit.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
-from specdec.copies import Copies, kept_copy, sharing_copy
+from specdec.copies import kept_copy, sharing_copy
 from specdec.fused_layer import fuse
 from specdec.grouped_attention import NAME as GROUPED
 from specdec.packed_linear import is_packed, pack, packing_fault
 
-_COPIES: Copies = WeakKeyDictionary()
-
 
 def accelerated_copy(model: Any) -> Any:
     """``accelerated(model)``, kept for as long as ``model`` lives and made anew when it has changed (``kept_copy``)."""
-    return kept_copy(_COPIES, model, accelerated)
+    return kept_copy("accelerated", model, accelerated)
 
 
 def accelerated(model: Any, in_place: bool = False) -> Any:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,15 +19,17 @@ from torch import Tensor
 from specdec.attention import MaskStyle
 from specdec.cache import RaggedCache
 from specdec.capture import Capture
-from specdec.copies import Copies, kept_copy, sharing_copy
+from specdec.copies import kept_copy, sharing_copy
 from specdec.errors import UnsupportedOptionError
 from specdec.grouped_attention import NAME, use_kernels
 from specdec.interfaces import Scores
 from specdec.kernels.attention import MAX_AREA
 from specdec.kernels.gpu import device_unavailable
+from specdec.model_state import ModelState
 from specdec.passes import Part
 from specdec.probe import agree
 from specdec.recording import CudaGraphs, Recorder, Recording
+from specdec.replay import Replay
 from specdec.static_pass import WORD, PassOutput, PassShape, StepInputs, recordable, tree_of
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)  # columns
@@ -136,32 +137,37 @@ class CapturedPasses:
         _log.warning("passes are no longer captured: %s", fault)
 
 
-# What engines left behind when their last row ended, for the next one on the same model: a recording takes longer
-# than many passes, and generate() builds an engine at every call.
-_IDLE: WeakKeyDictionary[Any, list[tuple[Any, RaggedCache, CapturedPasses]]] = WeakKeyDictionary()
+class GraphPool:
+    """Caches and recorded passes that engines on ``model`` left behind when their last row ended.
 
+    A recording takes longer than many passes, and generate() builds an engine at every call.
+    """
 
-def _state(model: Any, style: MaskStyle, recorders: Callable[[], Recorder]) -> Any:
-    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
-    return style, recorders, torch.is_inference_mode_enabled(), weights
+    def __init__(self, model: Any, recorders: Callable[[], Recorder]) -> None:
+        self._model, self._recorders = model, recorders
 
+    def borrow(self, style: MaskStyle, new_cache: Callable[[], RaggedCache]) -> tuple[RaggedCache, CapturedPasses]:
+        wanted, state = self._made_for(style), ModelState.of(self._model)
+        with state.lock:
+            while state.idle_replays:
+                made_for, cache, passes = state.idle_replays.pop()
+                if made_for == wanted:
+                    return cache, passes
+        device = self._model.get_input_embeddings().weight.device
+        return new_cache(), CapturedPasses(style, self._recorders, device)
 
-def borrow(
-    model: Any, style: MaskStyle, recorders: Callable[[], Recorder], new_cache: Callable[[], RaggedCache]
-) -> tuple[RaggedCache, CapturedPasses]:
-    """A cache and passes recorded over it, which nobody else uses until they are given back."""
-    state, idle = _state(model, style, recorders), _IDLE.get(model, [])
-    while idle:
-        made_for, cache, passes = idle.pop()
-        if made_for == state:
-            return cache, passes
-    return new_cache(), CapturedPasses(style, recorders, model.get_input_embeddings().weight.device)
+    def give_back(self, cache: RaggedCache, replay: Replay) -> None:
+        assert isinstance(replay, CapturedPasses)
+        state = ModelState.of(self._model)
+        with state.lock:
+            state.idle_replays.append((self._made_for(replay.style), cache, replay))
 
+    def beside(self, model: Any) -> GraphPool:
+        return GraphPool(model, self._recorders)
 
-def give_back(model: Any, cache: RaggedCache, passes: CapturedPasses) -> None:
-    """Leave them to the next engine on ``model``."""
-    state = _state(model, passes.style, passes.recorders)
-    _IDLE.setdefault(model, []).append((state, cache, passes))
+    def _made_for(self, style: MaskStyle) -> Any:
+        weights = tuple(parameter.data_ptr() for parameter in self._model.parameters())
+        return style, self._recorders, torch.is_inference_mode_enabled(), weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +180,8 @@ class GraphRecorders:
         return CudaGraphs(self.device)
 
 
-def graph_recorders(model: Any) -> GraphRecorders:
-    """For ``CausalLM(model, recorders=...)``.
+def graph_pool(model: Any) -> GraphPool:
+    """CUDA graphs for ``CausalLM(model, replays=...)``.
 
     Raises:
         UnsupportedOptionError: the model lies elsewhere than on one GPU, or our kernels cannot run there.
@@ -187,10 +193,7 @@ def graph_recorders(model: Any) -> GraphRecorders:
         raise UnsupportedOptionError(
             f"CUDA graphs need a model on one GPU and attention by our own kernels: {fault}; leave cuda_graphs out"
         )
-    return GraphRecorders(device)
-
-
-_COPIES: Copies = WeakKeyDictionary()
+    return GraphPool(model, GraphRecorders(device))
 
 
 def kernel_copy(model: Any) -> Any:
@@ -199,7 +202,7 @@ def kernel_copy(model: Any) -> Any:
     Raises:
         UnsupportedModelError: the model keeps another attention.
     """
-    return kept_copy(_COPIES, model, _on_kernels)
+    return kept_copy("kernels", model, _on_kernels)
 
 
 def _on_kernels(model: Any) -> Any:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
-_MAKING = threading.RLock()  # two threads must not both make the copy that one of them throws away
-Copies = WeakKeyDictionary[Any, tuple[Any, Any]]  # model -> (its state when the copy was made, the copy)
+from specdec.model_state import ModelState
 
 
 def sharing_copy(model: Any) -> Any:
@@ -18,19 +15,20 @@ def sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def kept_copy(copies: Copies, model: Any, make: Callable[[Any], Any]) -> Any:
-    """``make(model)`` as kept in ``copies``, made anew when weights, hooks, mode (training or not) or attention change.
+def kept_copy(kind: str, model: Any, make: Callable[[Any], Any]) -> Any:
+    """``make(model)``, kept as the copy of this ``kind`` and made anew when weights, hooks, mode (training or not) or attention change.
 
     What is written through a weight's ``.data`` is not seen.
     """
-    with _MAKING:
+    kept = ModelState.of(model)
+    with kept.lock:  # two threads must not both make the copy that one of them throws away
         state = _state(model)
-        known, ours = copies.get(model, (None, None))
+        known, ours = kept.copies.get(kind, (None, None))
         if known != state:
             ours = make(model)
-            if ours is model:  # an entry that held its own key would never go
+            if ours is model:  # a state that held its own model would never go
                 return model
-            copies[model] = (state, ours)
+            kept.copies[kind] = (state, ours)
         return ours
 
 

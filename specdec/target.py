@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,19 +19,15 @@ from torch import Tensor
 from specdec.attention import MaskStyle
 from specdec.cache import Move, RaggedCache
 from specdec.capture import Capture, joined
-from specdec.captured import CapturedPasses, borrow, give_back
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row, Scores
+from specdec.model_state import ModelState
 from specdec.passes import Lines, Part, in_lockstep, in_order, mask_plan, pass_slots
 from specdec.probe import Support, inspect_model, probe
-from specdec.recording import Recorder
+from specdec.replay import Replay, ReplayPool
 from specdec.tree import TokenTree
 
 PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
-
-
-# What the probe found, for as long as the model lives: generate() builds a CausalLM at every call.
-_PROBED: WeakKeyDictionary[Any, tuple[Any, Support]] = WeakKeyDictionary()
 
 
 class CausalLM:
@@ -42,8 +37,8 @@ class CausalLM:
         model: any ``PreTrainedModel`` with a language-model head; it stays unmodified.
         capture_hidden: also return the input of the output matrix for each new token (see ``request``).
         feature_layers: also return these entries of ``hidden_states`` (0 = embeddings), side by side.
-        recorders: makes what records passes for replay (``specdec.captured.graph_recorders``); None: nothing is.
-            What was recorded, and the cache, stay for the next engine on ``model`` once all rows are closed.
+        replays: where recorded passes come from (``specdec.captured.graph_pool``); None: nothing is recorded. They
+            and the cache stay for the next engine on ``model`` once all rows are closed.
         clock: seconds; the time spent inside the model is added up in ``model_s``.
 
     Raises:
@@ -56,7 +51,7 @@ class CausalLM:
         *,
         capture_hidden: bool = False,
         feature_layers: Sequence[int] = (),
-        recorders: Callable[[], Recorder] | None = None,
+        replays: ReplayPool | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = model
@@ -70,13 +65,15 @@ class CausalLM:
         self.hidden_size: int = self._config.hidden_size
         self._lines = Lines()
         self._cache = self._new_cache()
-        self.recorders: Callable[[], Recorder] | None = None  # the probe takes the ordinary path
-        self.captured: CapturedPasses | None = None
+        self.replays: ReplayPool | None = None  # the probe takes the ordinary path
+        self.replay: Replay | None = None
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._capture = Capture(model, capture_hidden, tuple(feature_layers))
         self._built_for = self._settings()
-        self._probe()
-        self.recorders = recorders
+        # Once for each model object: generate() builds a CausalLM at every call.
+        key = ("support", *self._built_for.values(), self.support)
+        self.support = ModelState.of(model).keep(key, self._probe)
+        self.replays = replays
 
     def request(self, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
         """Return these hidden states, too, with every pass from now on; what was asked for earlier stays.
@@ -124,8 +121,8 @@ class CausalLM:
         for row in rows:
             self._check(row)
         style = self.support.style
-        if self.recorders and style and not len(self._lines) and not self.chain_only:
-            self._cache, self.captured = borrow(self.model, style, self.recorders, self._new_cache)
+        if self.replays and style and not len(self._lines) and not self.chain_only:
+            self._cache, self.replay = self.replays.borrow(style, self._new_cache)
         self._lines.open(rows, self._cache)
 
     def score(
@@ -177,32 +174,27 @@ class CausalLM:
     def close(self, rows: Sequence[Row]) -> None:
         """Free the lines of ``rows``."""
         self._lines.close(rows, self._cache)
-        if self.captured and rows and not len(self._lines):
-            give_back(self.model, self._cache, self.captured)
+        if self.replays and self.replay and rows and not len(self._lines):
+            self.replays.give_back(self._cache, self.replay)
             self._cache = self._new_cache()
 
     def reset(self) -> None:
         """Forget all rows and free the cache."""
         self._lines = Lines()
-        self._cache, self.captured = self._new_cache(), None
+        self._cache, self.replay = self._new_cache(), None
 
-    def _probe(self) -> None:
-        """Try what the config promises, so that no model can be wrong in silence; once for each model object."""
-        model = self.model
-        key = (self._built_for, self.support)
-        if _PROBED.get(model, (None, None))[0] == key:
-            self.support = _PROBED[model][1]
-            return
-        branching = self.support.can_tree
-        fault = probe(self, branching)
-        if fault and branching:
-            self.support = replace(self.support, can_tree=False, reason=fault)
+    def _probe(self) -> Support:
+        """Try what the config promises, so that no model can be wrong in silence."""
+        model, support = self.model, self.support
+        fault = probe(self, support.can_tree)
+        if fault and support.can_tree:
+            support = self.support = replace(support, can_tree=False, reason=fault)
             fault = probe(self, branching=False)
         if fault:
             hint = "; it is in training mode: call model.eval() before" if model.training else ""
             raise UnsupportedModelError(f"{type(model).__name__} cannot be verified: {fault}{hint}")
         self.model_s, self.num_passes = 0.0, 0
-        _PROBED[model] = (key, self.support)
+        return support
 
     def _settings(self) -> dict[str, Any]:
         """What the probe's answer depends on and a caller can change."""
@@ -257,17 +249,17 @@ class CausalLM:
 
     def _forward(self, parts: Sequence[Part]) -> list[Scores]:
         """One forward pass over parts that stand in neighbouring lines of the cache."""
-        if self.captured is None:
+        if self.replay is None:
             return self._run(parts)
         started = self._clock()
-        replayed = self.captured.score(self.model, parts, self._cache, self._capture)
+        replayed = self.replay.score(self.model, parts, self._cache, self._capture)
         if replayed is None:
             return self._run(parts)
         self.model_s += self._clock() - started
         self.num_passes += 1
-        if self.captured.needs_check:
+        if self.replay.needs_check:
             ordinary = self._run(parts)
-            self.captured.check(replayed, ordinary)
+            self.replay.check(replayed, ordinary)
             return ordinary
         return replayed
 

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.accelerate import accelerated_copy
 from specdec.budget import PassCosts, make_budget
-from specdec.captured import graph_recorders, kernel_copy
+from specdec.captured import graph_pool, kernel_copy
 from specdec.decode import Decoder, Emission
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.device_verdicts import BatchVerdicts
@@ -32,6 +31,7 @@ from specdec.drafters import make_drafter
 from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import DraftContext, Drafter, Row, Step, Verifier
 from specdec.metrics import Stats
+from specdec.model_state import ModelState
 from specdec.noise import PhiloxNoise
 from specdec.options import check_generation_config, check_model_kwargs, make_policy, num_padding
 from specdec.policy import LazyProbs
@@ -154,9 +154,9 @@ def custom_generate(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        recorders = graph_recorders(model) if cuda_graphs else None
         ours = kernel_copy if cuda_graphs else accelerated_copy if accelerate else lambda plain: plain
-        target = CausalLM(ours(model), recorders=recorders)
+        run_model = ours(model)
+        target = CausalLM(run_model, replays=graph_pool(run_model) if cuda_graphs else None)
         check_generation_config(generation_config)
         padding = num_padding(input_ids, check_model_kwargs(model_kwargs, input_ids))
         models = tuple(map(ours, _as_models(draft_model)))
@@ -186,10 +186,6 @@ def _as_models(given: Any) -> Sequence[Any]:
     return given if isinstance(given, list | tuple) else (given,)
 
 
-# What passes of a model cost here, for as long as it lives: a call starts where the last one ended.
-_COSTS: WeakKeyDictionary[Any, PassCosts] = WeakKeyDictionary()
-
-
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What decides on drafts, whether named in the call or by a tuned file."""
@@ -202,13 +198,13 @@ class _Plan:
 
 def _plan(drafter: str | Drafter, max_nodes: int, adaptive: bool, model: Any, num_rows: int) -> _Plan:
     if not (isinstance(drafter, str) and drafter.endswith(SUFFIX)):
-        return _Plan(drafter, max_nodes, adaptive, _COSTS.setdefault(model, PassCosts()))
+        return _Plan(drafter, max_nodes, adaptive, ModelState.of(model).costs())
     tuned = load_tuned(drafter)
     warning = tuned.warning(model)
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
     entry = tuned.nearest(num_rows)
-    costs = _COSTS.setdefault(model, PassCosts() if warning else tuned.costs())
+    costs = ModelState.of(model).costs(PassCosts if warning else tuned.costs)
     return _Plan(entry.drafter, entry.max_nodes, entry.adaptive, costs)
 
 

@@ -30,7 +30,7 @@ CORE = (
 MODEL = (
     "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
     "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.copies specdec.accelerate "
-    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer"
+    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer specdec.model_state specdec.replay"
 ).split()
 RULES: list[tuple[str, list[str]]] = [
     ("specdec.kernels", ["specdec.kernels"]),
