@@ -11,7 +11,8 @@ from specdec.accelerate import accelerated
 from specdec.captured import graph_pool, kernel_copy
 from specdec.cli.text import tell
 from specdec.errors import ModelUnavailableError, UnsupportedModelError
-from specdec.models import is_fetched, known_models, load_model, load_tokenizer, model_path
+from specdec.hub.catalog import is_fetched, known_models, model_path
+from specdec.hub.load import load_model, load_tokenizer
 from specdec.target import CausalLM
 
 

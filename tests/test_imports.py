@@ -28,7 +28,7 @@ CORE = (
     "specdec.provenance specdec.defaults specdec.files specdec.budget"
 ).split()
 MODEL = (
-    "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
+    "specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.hub "
     "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.copies specdec.accelerate "
     "specdec.grouped_attention specdec.packed_linear specdec.fused_layer specdec.model_state specdec.replay"
 ).split()

@@ -12,8 +12,9 @@ import torch
 
 from gpu_sections.timing import Run, Timed
 from specdec.captured import CapturedPasses, GraphPool, GraphRecorders, kernel_copy
+from specdec.hub.catalog import DEFAULT_MODEL
+from specdec.hub.load import load_model
 from specdec.interfaces import Row
-from specdec.models import DEFAULT_MODEL, load_model
 from specdec.recording import Recorder, Rerun
 from specdec.target import CausalLM
 from specdec.tree import TokenTree
