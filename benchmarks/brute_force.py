@@ -20,8 +20,8 @@ import numpy as np
 from specdec.budget import make_budget
 from specdec.cli.loading import all_model_facts, eos_ids, load
 from specdec.files import write_json
+from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.interfaces import Row
-from specdec.models import DEFAULT_MODEL
 from specdec.prompts import BUILTIN, load_prompts, render_turns
 from specdec.provenance import collect
 from specdec.sampling import SamplingParams

@@ -25,9 +25,10 @@ from specdec.budget import FixedBudget
 from specdec.cli.loading import all_model_facts, eos_ids
 from specdec.drafters.growth import Children, Growing, Shape
 from specdec.files import write_json
+from specdec.hub.catalog import DEFAULT_MODEL
+from specdec.hub.load import load_model, load_tokenizer
 from specdec.interfaces import Limit, Row, Scores
 from specdec.metrics import Stats
-from specdec.models import DEFAULT_MODEL, load_model, load_tokenizer
 from specdec.noise import PhiloxNoise
 from specdec.policy import ParamsPolicy
 from specdec.prompts import BUILTIN, load_prompts, render_turns

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 
 from specdec.drafters import make_drafter
+from specdec.hub.catalog import DEFAULT_MODEL
+from specdec.hub.load import load_model, load_tokenizer
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.models import DEFAULT_MODEL, load_model, load_tokenizer
 from specdec.noise import PhiloxNoise
 from specdec.prompts import BUILTIN, load_prompts, render_turns
 from specdec.provenance import collect

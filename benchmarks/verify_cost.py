@@ -24,8 +24,9 @@ from specdec.accelerate import accelerated
 from specdec.cli.loading import model_facts
 from specdec.copies import sharing_copy
 from specdec.files import write_json
+from specdec.hub.catalog import DEFAULT_MODEL
+from specdec.hub.load import load_model
 from specdec.interfaces import Row
-from specdec.models import DEFAULT_MODEL, load_model
 from specdec.packed_linear import packing_fault
 from specdec.provenance import collect
 from specdec.target import CausalLM

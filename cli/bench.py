@@ -12,7 +12,7 @@ import typer
 
 from specdec.cli import options
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
-from specdec.models import DEFAULT_MODEL
+from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.prompts import BUILTIN
 
 if TYPE_CHECKING:

@@ -126,7 +126,7 @@ def _first_line_with_version(tool: str) -> str:
 
 
 def _models() -> Iterator[str]:
-    from specdec.models import DEFAULT_MODEL, cache_dir, is_fetched, known_models, model_path
+    from specdec.hub.catalog import DEFAULT_MODEL, cache_dir, is_fetched, known_models, model_path
 
     for known in known_models():
         default = " (the default)" if known.name == DEFAULT_MODEL else ""

@@ -13,7 +13,7 @@ import typer
 
 from specdec.cli import options
 from specdec.cli.text import tell
-from specdec.models import DEFAULT_MODEL, known_models, model_path
+from specdec.hub.catalog import DEFAULT_MODEL, known_models, model_path
 
 if TYPE_CHECKING:
     from specdec.metrics import Stats
@@ -73,7 +73,7 @@ def export(
     from specdec.drafters.eagle_format import load_eagle, save_eagle
     from specdec.drafters.shipped import mismatch, target_facts
     from specdec.files import write_json, write_text
-    from specdec.models import load_model
+    from specdec.hub.load import load_model
 
     drafter, output = drafter.expanduser(), output.expanduser()
     if output.exists() and any(output.iterdir()):
@@ -132,7 +132,7 @@ def chain_acceptance(folder: Path, target: str, model: Any, count: int) -> Stats
     """What the exported head accepts as a chain, greedy, on built-in prompts."""
     from specdec.cli.acceptance import measure_acceptance
     from specdec.drafters import format_drafter
-    from specdec.models import load_tokenizer
+    from specdec.hub.load import load_tokenizer
     from specdec.prompts import BUILTIN, load_prompts, render_turns
 
     tokenizer, prompts = load_tokenizer(target), load_prompts(BUILTIN)

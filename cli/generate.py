@@ -11,7 +11,7 @@ import typer
 
 from specdec.cli import options
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
-from specdec.models import DEFAULT_MODEL
+from specdec.hub.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from specdec.cli.loading import Loaded

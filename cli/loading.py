@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.accelerate import accelerated
-from specdec.captured import graph_recorders, kernel_copy
+from specdec.captured import graph_pool, kernel_copy
 from specdec.cli.text import tell
 from specdec.errors import ModelUnavailableError, UnsupportedModelError
-from specdec.models import is_fetched, known_models, load_model, load_tokenizer, model_path
+from specdec.hub.catalog import is_fetched, known_models, model_path
+from specdec.hub.load import load_model, load_tokenizer
 from specdec.target import CausalLM
 
 
@@ -59,8 +60,9 @@ def load(
             return kernel_copy(plain)
         return accelerated(plain, in_place=not compare) if accelerate else plain
 
-    recorders = graph_recorders(model) if cuda_graphs else None
-    return Loaded(model, CausalLM(ours(model), recorders=recorders), tokenizer, drafts, tuple(map(ours, drafts)))
+    run = ours(model)
+    replays = graph_pool(run) if cuda_graphs else None
+    return Loaded(model, CausalLM(run, replays=replays), tokenizer, drafts, tuple(map(ours, drafts)))
 
 
 def _check_tokenizers(tokenizer: Any, draft_model: str) -> None:

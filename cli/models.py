@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from specdec.errors import ModelUnavailableError
-from specdec.models import DEFAULT_MODEL, fetch_model, is_fetched, known_models, model_path
+from specdec.hub.catalog import DEFAULT_MODEL, is_fetched, known_models, model_path
+from specdec.hub.fetch import fetch_model
 
 app = typer.Typer(
     help="List, fetch and find the built-in models.",

@@ -11,7 +11,8 @@ from specdec.cli.measure import Batch, Method, Output
 from specdec.cli.synthetic import parse_acceptance
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.drafters import parse_drafter
-from specdec.models import DEFAULT_MODEL, resolve_device, resolve_dtype
+from specdec.hub.catalog import DEFAULT_MODEL
+from specdec.hub.load import resolve_device, resolve_dtype
 from specdec.noise import PhiloxNoise
 from specdec.prompts import BUILTIN, Prompt
 from specdec.sampling import SamplingParams

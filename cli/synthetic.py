@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from specdec.interfaces import Drafter, Limit, Row, Scores, TargetProbs, Verdict
+from specdec.interfaces import BatchRule, Drafter, Limit, Row, Scores, TargetProbs, Verdict
 from specdec.noise import Noise, RowNoise
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
@@ -90,6 +90,9 @@ class SyntheticVerifier:
     looks_ahead: bool = False
     chain_only: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
+
+    def batch_rule(self, params: SamplingParams) -> BatchRule | None:
+        return None
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         accepted = 0

@@ -12,7 +12,8 @@ import typer
 from specdec.cli import options
 from specdec.cli.text import tell
 from specdec.cli.train_data import SELF, Source
-from specdec.models import DEFAULT_MODEL, known_models, load_model, load_tokenizer
+from specdec.hub.catalog import DEFAULT_MODEL, known_models
+from specdec.hub.load import load_model, load_tokenizer
 
 EXAMPLE = "Example: specdec train eagle --conversations 2000 --minutes 30 --output my-eagle"
 _NUM_JUDGES = 24  # held-out questions that the finished drafter is judged on

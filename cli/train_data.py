@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.cli.text import tell
-from specdec.models import cache_dir
+from specdec.hub.catalog import cache_dir
 
 if TYPE_CHECKING:
     from specdec.drafters.training.data import Chat, Conversation, DataFolder

@@ -14,7 +14,7 @@ import typer
 from specdec.cli import options
 from specdec.cli.text import tell
 from specdec.defaults import DEFAULT_MAX_NODES, DEFAULT_VERIFIER
-from specdec.models import DEFAULT_MODEL
+from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.prompts import BUILTIN
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Target, Verdict
 from specdec.noise import Noise
+from specdec.replay import ReplayPool
 from specdec.sampling import SamplingParams
 from specdec.target import CausalLM
 from specdec.tree import TokenTree
@@ -131,11 +132,10 @@ def _build(
     form = Shape.parse(str(shape), top_k, num_tokens, min_confidence, nodes)
     chosen = choose_children(children, context.verifier.is_coupled, form)
     takes_trees = not (context.target.chain_only or context.verifier.chain_only)  # else every shape gives a chain
-    recorders = context.target.recorders if isinstance(context.target, CausalLM) else None
     size = context.target.vocab_size
     parts = []
     for model in context.draft_models:
-        engine = CausalLM(model, recorders=recorders)
+        engine = CausalLM(model, replays=_replays(context.target, model))
         check_vocabulary(engine, context.target)
         if takes_trees and form.branches_inside and engine.chain_only:
             raise ValueError(
@@ -145,6 +145,11 @@ def _build(
         parts.append(ModelDrafter(engine, form, chosen, size if size != engine.vocab_size else None))
     # Several draft models: SpecInfer's merge-based speculation.
     return parts[0] if len(parts) == 1 else HybridDrafter(parts, name="model")
+
+
+def _replays(target: Target, model: Any) -> ReplayPool | None:
+    """Recorded passes for a draft model, if its target has them."""
+    return target.replays.beside(model) if isinstance(target, CausalLM) and target.replays else None
 
 
 def check_vocabulary(engine: CausalLM, target: Target) -> None:

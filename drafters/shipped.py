@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 
 from specdec.drafters.checkpoint_io import CONFIG, read_json
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import ModelTarget, Target
+from specdec.model_state import ModelState
 from specdec.offload import loaded
 from specdec.packed_linear import is_packed, packing_fault
 
@@ -87,19 +87,12 @@ def draft_dtype(target: ModelTarget) -> torch.dtype:
     return dtype
 
 
-_KEPT: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
-
-
 def kept(target: ModelTarget, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """What ``make`` makes for a target, made once for as long as the target's model lives.
 
     generate() builds its drafter at every call, which must not read and lay out a head's weights anew.
     """
-    found = _KEPT.setdefault(target.model, {})
-    if key not in found:
-        found[key] = make()
-    made: T = found[key]
-    return made
+    return ModelState.of(target.model).keep(key, make)
 
 
 def version(path: Path) -> tuple[str, int]:

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdec.hub.load import load_model, load_tokenizer
     from specdec.metrics import Stats
-    from specdec.models import load_model, load_tokenizer
     from specdec.tree import Draw, TokenTree
     from specdec.wrapper import SpeculativeOutput, custom_generate, generate
 
@@ -21,8 +21,8 @@ _HOMES = {
     "custom_generate": "specdec.wrapper",
     "SpeculativeOutput": "specdec.wrapper",
     "Stats": "specdec.metrics",
-    "load_model": "specdec.models",
-    "load_tokenizer": "specdec.models",
+    "load_model": "specdec.hub.load",
+    "load_tokenizer": "specdec.hub.load",
     "Draw": "specdec.tree",
     "TokenTree": "specdec.tree",
 }

@@ -6,17 +6,17 @@ Everything falls back to the plain layers where a part does not fit.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
-from specdec.copies import Copies, kept_copy, shares_attention, sharing_copy
+from specdec.copies import kept_copy, shares_attention, sharing_copy
 from specdec.fused_layer import fuse
 from specdec.grouped_attention import NAME as GROUPED
+from specdec.model_state import ModelState
 from specdec.offload import is_offloaded
 from specdec.packed_linear import is_packed, pack, packable, packing_fault
 
-_COPIES: Copies = WeakKeyDictionary()
+_KIND = "accelerated"
 
 
 def accelerated_copy(model: Any) -> Any:
@@ -24,12 +24,12 @@ def accelerated_copy(model: Any) -> Any:
 
     What counts as a change, and the few that are not seen: docs/models.md; after one of these, ``drop_copy``.
     """
-    return kept_copy(_COPIES, model, accelerated, packable)
+    return kept_copy(_KIND, model, accelerated, packable)
 
 
 def drop_copy(model: Any) -> None:
     """Let go of the copy that is kept for ``model``, and of its memory; the next call makes another one."""
-    _COPIES.pop(model, None)
+    ModelState.of(model).copies.pop(_KIND, None)
 
 
 def accelerated(model: Any, in_place: bool = False) -> Any:

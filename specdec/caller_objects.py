@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from specdec.interfaces import Row, Target, Verifier
-from specdec.lockstep import LockstepPolicy, LockstepTarget
+from specdec.lockstep import LockstepPolicy, LockstepTarget, LockstepVerdicts
+from specdec.noise import Noise
 from specdec.options import fast_policy, sampling_params
 from specdec.policy import Histories, Policy, ProcessorPolicy
 from specdec.rowwise import RowEnds, Watched, for_one_row, is_declared, is_rowwise, looks_ahead
@@ -76,6 +77,10 @@ class Arrangement:
     policy: Policy
     stop: Callable[[Row], bool]
     target: Target
+
+    def decide(self, verifier: Verifier, noise: Noise) -> LockstepVerdicts | None:
+        """How all rows are decided on where they hang together; None: each may be for itself."""
+        return LockstepVerdicts(self.policy, verifier, noise) if isinstance(self.policy, LockstepPolicy) else None
 
 
 def arrange(given: Given, verifier: Verifier, target: Target) -> Arrangement:

@@ -8,12 +8,10 @@ bucket. Replays and ordinary passes share one cache and may follow each other in
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,16 +19,18 @@ from torch import Tensor
 from specdec.attention import MaskStyle
 from specdec.cache import RaggedCache
 from specdec.capture import Capture
-from specdec.copies import Copies, kept_copy, shares_attention, sharing_copy
+from specdec.copies import kept_copy, shares_attention, sharing_copy
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.grouped_attention import NAME, use_kernels
 from specdec.host_state import host_state
 from specdec.interfaces import Scores
 from specdec.kernels.attention import MAX_AREA
 from specdec.kernels.gpu import device_unavailable
+from specdec.model_state import ModelState
 from specdec.passes import Part
 from specdec.probe import agree
 from specdec.recording import CudaGraphs, Recorder, Recording
+from specdec.replay import Replay
 from specdec.static_pass import WORD, PassOutput, PassShape, StepInputs, recordable, tree_of
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)  # columns
@@ -141,34 +141,34 @@ class CapturedPasses:
         _log.warning("passes are no longer captured: %s", fault)
 
 
-# What engines left behind when their last row ended, for the next one on the same model: a recording takes longer
-# than many passes, and generate() builds an engine at every call. With what it was made for.
-_IDLE: WeakKeyDictionary[Any, list[tuple[Any, RaggedCache, CapturedPasses]]] = WeakKeyDictionary()
-_LENDING = threading.Lock()
+class GraphPool:
+    """Caches and recorded passes that engines on ``model`` left behind when their last row ended.
 
-
-def borrow(
-    model: Any, style: MaskStyle, recorders: Callable[[], Recorder], new_cache: Callable[[], RaggedCache]
-) -> tuple[RaggedCache, CapturedPasses]:
-    """A cache and passes recorded over it, which nobody else uses until they are given back.
-
-    Recordings that were made when an attribute of ``model`` was another, or a weight lay elsewhere, are dropped.
+    A recording takes longer than many passes, and generate() builds an engine at every call.
     """
-    state = style, recorders, torch.is_inference_mode_enabled(), host_state(model)
-    with _LENDING:
-        idle = _IDLE.get(model, [])
-        while idle:
-            made_for, cache, passes = idle.pop()
-            if made_for == state:
-                return cache, passes
-    device = model.get_input_embeddings().weight.device
-    return new_cache(), CapturedPasses(style, recorders, device, made_for=state)
 
+    def __init__(self, model: Any, recorders: Callable[[], Recorder]) -> None:
+        self._model, self._recorders = model, recorders
 
-def give_back(model: Any, cache: RaggedCache, passes: CapturedPasses) -> None:
-    """Leave them to the next engine on ``model``."""
-    with _LENDING:
-        _IDLE.setdefault(model, []).append((passes.made_for, cache, passes))
+    def borrow(self, style: MaskStyle, new_cache: Callable[[], RaggedCache]) -> tuple[RaggedCache, CapturedPasses]:
+        """Those that were recorded when an attribute was another, or a weight lay elsewhere, are dropped."""
+        wanted = style, self._recorders, torch.is_inference_mode_enabled(), host_state(self._model)
+        state = ModelState.of(self._model)
+        with state.lock:
+            while state.idle_replays:
+                cache, passes = state.idle_replays.pop()
+                if passes.made_for == wanted:
+                    return cache, passes
+        device = self._model.get_input_embeddings().weight.device
+        return new_cache(), CapturedPasses(style, self._recorders, device, made_for=wanted)
+
+    def give_back(self, cache: RaggedCache, replay: Replay) -> None:
+        state = ModelState.of(self._model)
+        with state.lock:
+            state.idle_replays.append((cache, replay))
+
+    def beside(self, model: Any) -> GraphPool:
+        return GraphPool(model, self._recorders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +181,8 @@ class GraphRecorders:
         return CudaGraphs(self.device)
 
 
-def graph_recorders(model: Any) -> GraphRecorders:
-    """For ``CausalLM(model, recorders=...)``.
+def graph_pool(model: Any) -> GraphPool:
+    """CUDA graphs for ``CausalLM(model, replays=...)``.
 
     Raises:
         UnsupportedOptionError: the model lies elsewhere than on one GPU, or our kernels cannot run there.
@@ -194,10 +194,7 @@ def graph_recorders(model: Any) -> GraphRecorders:
         raise UnsupportedOptionError(
             f"CUDA graphs need a model on one GPU and attention by our own kernels: {fault}; leave cuda_graphs out"
         )
-    return GraphRecorders(device)
-
-
-_COPIES: Copies = WeakKeyDictionary()
+    return GraphPool(model, GraphRecorders(device))
 
 
 def kernel_copy(model: Any) -> Any:
@@ -207,7 +204,7 @@ def kernel_copy(model: Any) -> Any:
         UnsupportedModelError: the model keeps another attention, or a part of it with an attention has a forward of
             its own.
     """
-    return kept_copy(_COPIES, model, _on_kernels)
+    return kept_copy("kernels", model, _on_kernels)
 
 
 def _on_kernels(model: Any) -> Any:

@@ -7,16 +7,16 @@ anew (``specdec.weight_watch``), hooks on what was replaced, and the attention.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdec.capture import is_hook_of_ours
+from specdec.model_state import ModelState
 from specdec.module_views import View, own_attributes, view_of
 from specdec.weight_watch import WeightWatch
 
@@ -147,29 +147,26 @@ class _Kept:
     copy: Any
 
 
-Copies = WeakKeyDictionary[Any, _Kept]
-_MAKING = threading.RLock()  # two threads must not both make the copy that one of them throws away
-
-
 def kept_copy(
-    copies: Copies,
+    kind: str,
     model: Any,
     make: Callable[[Any], Any],
     laid_out: Callable[[Any], Sequence[nn.Module]] = lambda _: (),
 ) -> Any:
-    """``make(model)`` as kept in ``copies``, made anew when what it does not share with ``model`` has changed.
+    """``make(model)``, kept as the copy of this ``kind`` and made anew when what it does not share with ``model`` has changed.
 
     ``laid_out`` names the layers of ``model`` whose weights the copy holds in another form. A copy that is out of date
     is let go before the next one is made.
     """
-    with _MAKING:
-        kept = copies.get(model)
+    state = ModelState.of(model)
+    with state.lock:  # two threads must not both make the copy that one of them throws away
+        kept: _Kept | None = state.copies.get(kind)
         if kept is not None:
             if kept.modules.is_unchanged() and kept.weights.is_unchanged():
                 return kept.copy
-            del copies[model], kept
+            del state.copies[kind], kept
         watches = ModuleWatch(model), WeightWatch(laid_out(model))
         ours = make(model)
-        if ours is not model:  # an entry that held its own key would never go
-            copies[model] = _Kept(*watches, ours)
+        if ours is not model:  # a state that held its own model would never go
+            state.copies[kind] = _Kept(*watches, ours)
         return ours

@@ -11,13 +11,13 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Protocol
 
 from specdec.budget import Budget, FixedBudget
 from specdec.defaults import DEFAULT_MAX_NODES
-from specdec.device_verdicts import verdicts_on_device
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetProbs, Verdict, Verifier
 from specdec.noise import Noise
-from specdec.policy import JointPolicy, Policy
+from specdec.policy import Policy
 from specdec.release import call_all
 from specdec.tree import TokenTree
 
@@ -33,6 +33,30 @@ class Emission:
     scores: Scores
 
 
+class Decide(Protocol):
+    """Decides on all rows of a pass."""
+
+    def __call__(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], scores: Sequence[Scores], probs: Sequence[TargetProbs]
+    ) -> list[Verdict]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RowByRow:
+    """Asks the verifier about one row after another, on the host."""
+
+    verifier: Verifier
+    noise: Noise
+
+    def __call__(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], scores: Sequence[Scores], probs: Sequence[TargetProbs]
+    ) -> list[Verdict]:
+        return [
+            self.verifier.verify(tree, p, self.noise.at(row.key, len(row.tokens)))
+            for row, tree, p in zip(rows, trees, probs, strict=True)
+        ]
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """Everything that decides how rows are generated."""
@@ -45,6 +69,7 @@ class Decoder:
     stop: Callable[[Row], bool]  # asked after each emitted token
     budget: Budget = field(default_factory=lambda: FixedBudget(DEFAULT_MAX_NODES))
     clock: Callable[[], float] = time.perf_counter
+    decide: Decide | None = None  # None: RowByRow
 
     def run(self, rows: Iterable[Row], max_rows: int | None = None) -> Generator[Emission, None, None]:
         """Generate every row to its end, at most ``max_rows`` at a time; rows join as others finish.
@@ -88,7 +113,8 @@ class Decoder:
         scores = self.target.score(rows, trees)
         scored = self.clock()
         probs = [self.policy.target_probs(*each) for each in zip(rows, trees, scores, strict=True)]
-        verdicts = self._verdicts(rows, trees, scores, probs)
+        decide = self.decide or RowByRow(self.verifier, self.noise)
+        verdicts = decide(rows, trees, scores, probs)
         self.target.commit(rows, [verdict.nodes for verdict in verdicts])
         finished = [self._emit(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
         verified = self.clock()
@@ -99,20 +125,6 @@ class Decoder:
         return [
             Emission(_record(row, tree, verdict, len(rows), shares, done), row, tree, p, score)
             for row, tree, verdict, done, p, score in zip(rows, trees, verdicts, finished, probs, scores, strict=True)
-        ]
-
-    def _verdicts(
-        self, rows: Sequence[Row], trees: Sequence[TokenTree], scores: Sequence[Scores], probs: Sequence[TargetProbs]
-    ) -> list[Verdict]:
-        """All rows at once where they hang together or a device can, else one after another."""
-        if isinstance(self.policy, JointPolicy):
-            return self.policy.verdicts(self.verifier, self.noise, rows, trees, probs)
-        decided = verdicts_on_device(self.verifier, self.policy, self.noise, rows, trees, scores)
-        if decided is not None:
-            return decided
-        return [
-            self.verifier.verify(tree, p, self.noise.at(row.key, len(row.tokens)))
-            for row, tree, p in zip(rows, trees, probs, strict=True)
         ]
 
     def _emit(self, row: Row, verdict: Verdict) -> bool:

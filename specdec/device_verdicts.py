@@ -8,9 +8,9 @@ largest tree, m rows of draft probabilities, V vocabulary, P nodes of the longes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specdec.interfaces import Row, Scores, Verdict, Verifier
+from specdec.decode import RowByRow
+from specdec.interfaces import BatchRule, Row, Scores, TargetProbs, Verdict, Verifier
 from specdec.kernels.dispatch import is_wanted
 from specdec.kernels.launch import C_TYPES
 from specdec.kernels.noise import NoiseKeys
@@ -113,15 +114,19 @@ class TreeBatch:
         return Drafts(self.sources, _joined(probs), self.without_replacement)
 
 
-BatchRule = Callable[[TreeBatch, PickedRows], Walked]  # such as TreeBatch.follow
+@dataclass(frozen=True, slots=True)
+class BatchVerdicts:
+    """Decides on the device of the logits where that is possible, else row by row on the host."""
 
+    verifier: Verifier
+    policy: Policy
+    noise: Noise
 
-@runtime_checkable
-class BatchVerifier(Protocol):
-    """A verifier that can decide on all rows at once: what it may be beside a :class:`Verifier`."""
-
-    def batch_rule(self, params: SamplingParams) -> BatchRule | None:
-        """How, by the law of ``verify``; None: not under these parameters. Whoever changes one changes the other."""
+    def __call__(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], scores: Sequence[Scores], probs: Sequence[TargetProbs]
+    ) -> list[Verdict]:
+        decided = verdicts_on_device(self.verifier, self.policy, self.noise, rows, trees, scores)
+        return RowByRow(self.verifier, self.noise)(rows, trees, scores, probs) if decided is None else decided
 
 
 def verdicts_on_device(
@@ -151,7 +156,7 @@ def decide(rule: BatchRule, batch: TreeBatch) -> Tensor:
     A token of -1 on a path says that nothing can be picked there.
     """
     picked = batch.pick()
-    walked = rule(batch, picked)
+    walked = batch.follow(picked) if rule is BatchRule.FOLLOW else batch.reject(picked)
     path = walked.path.long()
     # The log-sum-exp is not finite where a logit is NaN or +inf, or where all are -inf.
     can_pick = picked.lse.isfinite().view(batch.tokens.shape).gather(1, path.clamp(min=0))
@@ -162,14 +167,16 @@ def _rule(
     verifier: Verifier, policy: Policy, noise: Noise, trees: Sequence[TokenTree], logits: Tensor
 ) -> BatchRule | None:
     """How ``verifier`` decides on these trees by kernels, if it can and they are wanted."""
-    if not isinstance(policy, ParamsPolicy) or not isinstance(verifier, BatchVerifier):
+    if not isinstance(policy, ParamsPolicy):
         return None
     if logits.dtype not in C_TYPES or logits.shape[1] > MAX_VOCAB or not is_wanted("pick_rows", logits.device):
         return None
     if not policy.params.is_greedy and not isinstance(noise, PhiloxNoise):
         return None
     rule = verifier.batch_rule(policy.params)
-    if rule is not TreeBatch.follow and max(map(len, trees)) > MAX_NODES:
+    if rule is None:
+        return None
+    if rule is not BatchRule.FOLLOW and max(map(len, trees)) > MAX_NODES:
         return None
     # What it is not exact for it refuses itself.
     is_exact = all(tree.drawn <= verifier.draws and (tree.is_chain or not verifier.chain_only) for tree in trees)

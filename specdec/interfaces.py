@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -194,6 +195,13 @@ class Drafter(Protocol):
         """Rows leave; rows that never began are ignored."""
 
 
+class BatchRule(StrEnum):
+    """How a verifier decides on all rows of a pass at once, on the device of the logits."""
+
+    FOLLOW = "follow"  # pick the target's token at every node, and follow the children that hold it
+    REJECT = "reject"  # rejection sampling along the tree
+
+
 @runtime_checkable
 class Verifier(Protocol):
     """Decides which path of a tree is kept. Pure: no model, no global state, randomness from ``noise`` alone."""
@@ -227,6 +235,9 @@ class Verifier(Protocol):
     @property
     def draws(self) -> frozenset[Draw]:
         """The draws it is exact for (certain nodes always are); ``verify`` raises InexactDraftError for others."""
+
+    def batch_rule(self, params: SamplingParams) -> BatchRule | None:
+        """The rule by which a device decides as ``verify`` does; None: under ``params`` only ``verify`` can."""
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         """The accepted path and the tokens to emit."""

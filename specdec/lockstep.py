@@ -101,7 +101,7 @@ class _Walk:
 
 @dataclass(slots=True)
 class LockstepPolicy:
-    """A JointPolicy: processors, verifier and criteria take turns as in generate(), over all rows of one batch.
+    """Processors, verifier and criteria take turns as in generate(), over all rows of one batch.
 
     The keys of rows are their places in the batch. If ``by_node`` is given it processes scores, at any node, and only
     criteria are asked column by column.
@@ -250,6 +250,20 @@ def _no_passes(model: Any, processor: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class LockstepVerdicts:
+    """Decides on all rows of a pass together, under a :class:`LockstepPolicy`."""
+
+    policy: LockstepPolicy
+    verifier: Verifier
+    noise: Noise
+
+    def __call__(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], scores: Sequence[Scores], probs: Sequence[TargetProbs]
+    ) -> list[Verdict]:
+        return self.policy.verdicts(self.verifier, self.noise, rows, trees, probs)
 
 
 @dataclass(slots=True)

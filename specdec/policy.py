@@ -10,14 +10,13 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from specdec.errors import NonFiniteLogitsError, UnsupportedOptionError
-from specdec.interfaces import Row, Scores, TargetProbs, Verdict, Verifier
-from specdec.noise import Noise
+from specdec.interfaces import Row, Scores, TargetProbs
 from specdec.sampling import SamplingParams, sampling_probs
 from specdec.tree import TokenTree
 
@@ -33,21 +32,6 @@ class Policy(Protocol):
 
     def target_probs(self, row: Row, tree: TokenTree, scores: Scores) -> TargetProbs:
         """The distributions at the nodes of ``tree``."""
-
-
-@runtime_checkable
-class JointPolicy(Protocol):
-    """A policy under which no row can be decided on without the others: what it is beside a :class:`Policy`."""
-
-    def verdicts(
-        self,
-        verifier: Verifier,
-        noise: Noise,
-        rows: Sequence[Row],
-        trees: Sequence[TokenTree],
-        probs: Sequence[TargetProbs],
-    ) -> list[Verdict]:
-        """What is decided on each row; ``probs`` are those of ``target_probs``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,21 +18,17 @@ from torch import Tensor
 from specdec.attention import MaskStyle
 from specdec.cache import Move, RaggedCache
 from specdec.capture import Capture, joined
-from specdec.captured import CapturedPasses, borrow, give_back
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row, Scores
+from specdec.model_state import ModelState
 from specdec.offload import input_device
 from specdec.passes import Lines, Part, in_lockstep, in_order, mask_plan, pass_slots
 from specdec.probe import Support, inspect_model, probe
-from specdec.recording import Recorder
+from specdec.replay import Replay, ReplayPool
 from specdec.tree import TokenTree
 from specdec.wrapped import model_inside, takes
 
 PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
-
-
-# What the probe found, for as long as the model lives: generate() builds a CausalLM at every call.
-_PROBED: WeakKeyDictionary[Any, tuple[Any, Support]] = WeakKeyDictionary()
 
 
 class CausalLM:
@@ -44,8 +39,8 @@ class CausalLM:
             module); it stays unmodified.
         capture_hidden: also return the input of the output matrix for each new token (see ``request``).
         feature_layers: also return these entries of ``hidden_states`` (0 = embeddings), side by side.
-        recorders: makes what records passes for replay (``specdec.captured.graph_recorders``); None: nothing is.
-            What was recorded, and the cache, stay for the next engine on ``model`` once all rows are closed.
+        replays: where recorded passes come from (``specdec.captured.graph_pool``); None: nothing is recorded. They
+            and the cache stay for the next engine on ``model`` once all rows are closed.
         clock: seconds; the time spent inside the model is added up in ``model_s``.
 
     Raises:
@@ -58,7 +53,7 @@ class CausalLM:
         *,
         capture_hidden: bool = False,
         feature_layers: Sequence[int] = (),
-        recorders: Callable[[], Recorder] | None = None,
+        replays: ReplayPool | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.module = model  # what runs
@@ -74,13 +69,15 @@ class CausalLM:
         self.hidden_size: int = self._config.hidden_size
         self._lines = Lines()
         self._cache = self._new_cache()
-        self.recorders: Callable[[], Recorder] | None = None  # the probe takes the ordinary path
-        self.captured: CapturedPasses | None = None
+        self.replays: ReplayPool | None = None  # the probe takes the ordinary path
+        self.replay: Replay | None = None
         self._takes_keep = takes(self.module, "logits_to_keep")
         self._capture = Capture(model, capture_hidden, tuple(feature_layers))
         self._built_for = self._settings()
-        self._probe()
-        self.recorders = recorders
+        # Once for each model object: generate() builds a CausalLM at every call.
+        key = ("support", *self._built_for.values(), self.support)
+        self.support = ModelState.of(self.module).keep(key, self._probe)
+        self.replays = replays
 
     def request(self, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
         """Return these hidden states, too, with every pass from now on; what was asked for earlier stays.
@@ -132,8 +129,8 @@ class CausalLM:
         for row in rows:
             self._check(row, may_outgrow)
         style = self.support.style
-        if self.recorders and style and not len(self._lines) and not self.chain_only:
-            self._cache, self.captured = borrow(self.module, style, self.recorders, self._new_cache)
+        if self.replays and style and not len(self._lines) and not self.chain_only:
+            self._cache, self.replay = self.replays.borrow(style, self._new_cache)
         self._lines.open(rows, self._cache)
 
     def score(
@@ -185,26 +182,21 @@ class CausalLM:
     def close(self, rows: Sequence[Row]) -> None:
         """Free the lines of ``rows``; rows that were never opened are ignored."""
         self._lines.close([row for row in rows if row in self._lines], self._cache)
-        if self.captured and rows and not len(self._lines):
-            give_back(self.module, self._cache, self.captured)
+        if self.replays and self.replay and rows and not len(self._lines):
+            self.replays.give_back(self._cache, self.replay)
             self._cache = self._new_cache()
 
     def reset(self) -> None:
         """Forget all rows and free the cache."""
         self._lines = Lines()
-        self._cache, self.captured = self._new_cache(), None
+        self._cache, self.replay = self._new_cache(), None
 
-    def _probe(self) -> None:
-        """Try what the config promises, so that no model can be wrong in silence; once for each model object."""
-        module = self.module
-        key = (self._built_for, self.support)
-        if _PROBED.get(module, (None, None))[0] == key:
-            self.support = _PROBED[module][1]
-            return
-        branching = self.support.can_tree
-        fault = probe(self, branching)
-        if fault and branching:
-            self.support = replace(self.support, can_tree=False, reason=fault)
+    def _probe(self) -> Support:
+        """Try what the config promises, so that no model can be wrong in silence."""
+        module, support = self.module, self.support
+        fault = probe(self, support.can_tree)
+        if fault and support.can_tree:
+            support = self.support = replace(support, can_tree=False, reason=fault)
             fault = probe(self, branching=False)
         if fault:
             hint = ""
@@ -214,7 +206,7 @@ class CausalLM:
                 hint = f"; if the {type(self.model).__name__} inside can be, use that, or merge what wraps it"
             raise UnsupportedModelError(f"{type(module).__name__} cannot be verified: {fault}{hint}")
         self.model_s, self.num_passes = 0.0, 0
-        _PROBED[module] = (key, self.support)
+        return support
 
     def _settings(self) -> dict[str, Any]:
         """What the probe's answer depends on and a caller can change."""
@@ -268,17 +260,17 @@ class CausalLM:
 
     def _forward(self, parts: Sequence[Part]) -> list[Scores]:
         """One forward pass over parts that stand in neighbouring lines of the cache."""
-        if self.captured is None:
+        if self.replay is None:
             return self._run(parts)
         started = self._clock()
-        replayed = self.captured.score(self.module, parts, self._cache, self._capture)
+        replayed = self.replay.score(self.module, parts, self._cache, self._capture)
         if replayed is None:
             return self._run(parts)
         self.model_s += self._clock() - started
         self.num_passes += 1
-        if self.captured.needs_check:
+        if self.replay.needs_check:
             ordinary = self._run(parts)
-            self.captured.check(replayed, ordinary)
+            self.replay.check(replayed, ordinary)
             return ordinary
         return replayed
 

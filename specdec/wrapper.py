@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,14 +23,16 @@ from specdec.accelerate import accelerated_copy
 from specdec.arguments import DraftModels, as_models, check_call, check_callable, drafter_of, verifier_of
 from specdec.budget import PassCosts, make_budget
 from specdec.caller_objects import Given, arrange
-from specdec.captured import graph_recorders, kernel_copy
+from specdec.captured import graph_pool, kernel_copy
 from specdec.checks import whole_number
 from specdec.decode import Decoder, Emission
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
+from specdec.device_verdicts import BatchVerdicts
 from specdec.drafters import make_drafter, tuned_file
 from specdec.hook import Call, Dropped, check_dropped, dropped_arguments, heal_tokens, take_stop_strings
 from specdec.interfaces import DraftContext, Drafter, Row, Step, Verifier
 from specdec.metrics import Stats
+from specdec.model_state import ModelState
 from specdec.noise import PhiloxNoise
 from specdec.options import check_generation_config, check_inputs
 from specdec.policy import LazyProbs
@@ -210,9 +211,9 @@ class _Loop:
             return self._run(self._decoder(model, batch, logits_processor), batch)
 
     def _decoder(self, model: Any, batch: _Batch, processors: Sequence[Any]) -> Decoder:
-        recorders = graph_recorders(model) if self.cuda_graphs else None
         ours = kernel_copy if self.cuda_graphs else accelerated_copy if self.accelerate else lambda plain: plain
-        target = CausalLM(ours(what_runs(model)), recorders=recorders)
+        run_model = ours(what_runs(model))
+        target = CausalLM(run_model, replays=graph_pool(run_model) if self.cuda_graphs else None)
         drafts = DraftModels([ours(each) for each in self.draft_models])
         plan = _plan(self.drafter, self.max_nodes, self.adaptive, target.model, len(batch.rows))
         named = plan.drafter
@@ -232,7 +233,8 @@ class _Loop:
         )
         asked = arrange(given, self.verifier, target)
         noise = self.noise or PhiloxNoise(int(torch.randint(2**62, ()).item()))
-        return Decoder(asked.target, proposer, self.verifier, asked.policy, noise, asked.stop, budget)
+        decide = asked.decide(self.verifier, noise) or BatchVerdicts(self.verifier, asked.policy, noise)
+        return Decoder(asked.target, proposer, self.verifier, asked.policy, noise, asked.stop, budget, decide=decide)
 
     def _run(self, decoder: Decoder, batch: _Batch) -> Any:
         stats = Stats()
@@ -244,10 +246,6 @@ class _Loop:
             batch.collect(emission)
             del emission  # it holds what the pass computed, whose room the next pass may need
         return batch.result(stats)
-
-
-# What passes of a model cost here, for as long as it lives: a call starts where the last one ended.
-_COSTS: WeakKeyDictionary[Any, PassCosts] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,13 +262,13 @@ def _plan(drafter: str | Path | Drafter, max_nodes: int, adaptive: bool, model: 
     file = tuned_file(drafter) if isinstance(drafter, str | Path) else None
     if file is None:
         assert not isinstance(drafter, Path)
-        return _Plan(drafter, max_nodes, adaptive, _COSTS.setdefault(model, PassCosts()))
+        return _Plan(drafter, max_nodes, adaptive, ModelState.of(model).costs())
     tuned = load_tuned(file)
     warning = tuned.warning(model)
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
     entry = tuned.nearest(num_rows)
-    costs = _COSTS.setdefault(model, PassCosts() if warning else tuned.costs())
+    costs = ModelState.of(model).costs(PassCosts if warning else tuned.costs)
     return _Plan(entry.drafter, entry.max_nodes, entry.adaptive, costs)
 
 

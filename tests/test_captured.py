@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -18,14 +19,14 @@ from torch import Tensor
 from zoo import CHAIN, FAMILIES, TREE
 
 import specdec
-from specdec import captured, grouped_attention, static_pass
-from specdec.captured import graph_recorders
+from specdec import captured, grouped_attention, model_state, static_pass
+from specdec.captured import CapturedPasses, GraphPool, graph_pool
 from specdec.decode import Decoder
 from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import Row, Scores
 from specdec.noise import PhiloxNoise
 from specdec.policy import ParamsPolicy
-from specdec.recording import Rerun
+from specdec.recording import Recorder, Rerun
 from specdec.sampling import GREEDY
 from specdec.target import CausalLM
 from specdec.tree import TokenTree
@@ -55,7 +56,17 @@ RECORDABLE = [family.name for family in TREE if family.name not in NOT_RECORDABL
 def small_capacities(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache grows within a test, so that recordings go stale."""
     monkeypatch.setattr(captured, "_MIN_CAPACITY", 64)
-    monkeypatch.setattr(captured, "_IDLE", type(captured._IDLE)())
+    monkeypatch.setattr(model_state, "_STATES", type(model_state._STATES)())
+
+
+def recorded(model: Any, recorders: Callable[[], Recorder] = Tape, **states: Any) -> CausalLM:
+    """An engine whose passes are recorded."""
+    return CausalLM(model, replays=GraphPool(model, recorders), **states)
+
+
+def passes_of(lm: CausalLM) -> CapturedPasses:
+    assert isinstance(lm.replay, CapturedPasses)
+    return lm.replay
 
 
 def play(lm: CausalLM, seed: int = 2) -> tuple[list[Scores], list[Tensor]]:
@@ -120,31 +131,29 @@ def difference(got: tuple[list[Scores], list[Tensor]], wanted: tuple[list[Scores
 def test_replays_equal_ordinary_passes(name: str) -> None:
     """With other lengths, trees and rows than were recorded; features and hidden states with them."""
     states: dict[str, Any] = {"capture_hidden": True, "feature_layers": (0, 2)}
-    lm = CausalLM(model_of(name), recorders=Tape, **states)
+    lm = recorded(model_of(name), **states)
     got = play(lm)
-    assert lm.captured is not None
-    assert lm.captured.fault == ""
-    assert lm.captured.num_replays > lm.captured.num_recordings > 3
+    assert passes_of(lm).fault == ""
+    assert passes_of(lm).num_replays > passes_of(lm).num_recordings > 3
     assert difference(got, play(CausalLM(model_of(name), **states))) < 10 * FAMILIES[name].tolerance
 
 
 @pytest.mark.parametrize("name", NOT_RECORDABLE)
 def test_a_model_that_cannot_be_recorded_takes_the_ordinary_path(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    lm = CausalLM(model_of(name), recorders=Tape)
+    lm = recorded(model_of(name))
     got = play(lm)
-    assert lm.captured is not None
-    assert NOT_RECORDABLE[name] in lm.captured.fault
-    assert lm.captured.num_replays == 0
+    assert NOT_RECORDABLE[name] in passes_of(lm).fault
+    assert passes_of(lm).num_replays == 0
     assert difference(got, play(CausalLM(model_of(name)))) < 10 * FAMILIES[name].tolerance
     assert sum("no longer captured" in message for message in caplog.messages) == 1
 
 
 def test_chain_only_models_are_left_alone() -> None:
-    lm = CausalLM(CHAIN[0].build(), recorders=Tape)
+    lm = recorded(CHAIN[0].build())
     row = make_row(random.Random(0), 0, 9)
     lm.open([row])
     lm.score([row], [TokenTree.chain(row.tokens[-1], [3, 4])])
-    assert lm.captured is None
+    assert lm.replay is None
 
 
 @pytest.mark.parametrize("family", KERNEL_FAMILIES)
@@ -157,11 +166,9 @@ def test_replays_launch_the_kernel_with_what_is_in_its_buffers(family: str) -> N
         model.set_experts_implementation("batched_mm")
     grouped_attention.use_kernels(model)
     scores = []
-    for recorders in (None, Tape):
-        lm = CausalLM(model, recorders=recorders)
+    for lm in (CausalLM(model), recorded(model)):
         scores.append(short_play(lm))
-    assert lm.captured is not None
-    assert (lm.captured.fault, lm.captured.num_recordings, lm.captured.num_replays) == ("", 1, 3)
+    assert (passes_of(lm).fault, passes_of(lm).num_recordings, passes_of(lm).num_replays) == ("", 1, 3)
     for got, wanted in zip(*scores, strict=True):
         torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
 
@@ -214,23 +221,22 @@ def test_a_broken_pass_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     with_mutant(monkeypatch, mutated(static_pass, *MUTATIONS[name]))
     monkeypatch.setattr(captured, "_lengths", lambda _: [])  # else the check would find it first
     wanted = play(CausalLM(model_of("mistral-window")))
-    assert difference(play(CausalLM(model_of("mistral-window"), recorders=Tape)), wanted) > 1e-3
+    assert difference(play(recorded(model_of("mistral-window"))), wanted) > 1e-3
 
 
 def test_the_pass_that_the_mutants_change_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     with_mutant(monkeypatch, mutated(static_pass, "places < lengths)", "lengths > places)"))
     wanted = play(CausalLM(model_of("mistral-window")))
-    assert difference(play(CausalLM(model_of("mistral-window"), recorders=Tape)), wanted) < 1e-5
+    assert difference(play(recorded(model_of("mistral-window"))), wanted) < 1e-5
 
 
 def test_recordings_of_a_cache_that_grew_are_dropped() -> None:
     """Their addresses are those of buffers that nobody reads any more."""
-    lm = CausalLM(model_of("llama"), recorders=Tape)
+    lm = recorded(model_of("llama"))
     play(lm)
-    assert lm.captured is not None
-    shapes = lm.captured._recorded
+    shapes = passes_of(lm)._recorded
     assert {shape.capacity for shape in shapes} == {lm._cache.capacity} == {256}
-    assert lm.captured.num_recordings > lm.captured.num_bytes == len(shapes)
+    assert passes_of(lm).num_recordings > passes_of(lm).num_bytes == len(shapes)
 
 
 def test_a_replay_that_holds_a_length_is_noticed_while_decoding(
@@ -238,10 +244,9 @@ def test_a_replay_that_holds_a_length_is_noticed_while_decoding(
 ) -> None:
     """A model's own code may hold one, too: the first replay at other lengths is compared with an ordinary pass."""
     with_mutant(monkeypatch, mutated(static_pass, *MUTATIONS["lengths of the host"]))
-    lm = CausalLM(model_of("llama"), recorders=Tape)
+    lm = recorded(model_of("llama"))
     assert difference(play(lm), play(CausalLM(model_of("llama")))) < 1e-5
-    assert lm.captured is not None
-    assert lm.captured.fault == "a replay gave other logits than an ordinary pass"
+    assert passes_of(lm).fault == "a replay gave other logits than an ordinary pass"
     assert "no longer captured" in caplog.text
 
 
@@ -284,41 +289,39 @@ def test_the_next_engine_on_a_model_uses_what_the_last_one_recorded() -> None:
     """generate() builds an engine at every call; recordings and their cache go from one to the next, never to two."""
     model = model_of("llama")
     answers = {row.key: generated(model, row) for row in rows_of(4)}
-    first, second = (CausalLM(model, recorders=Tape) for _ in range(2))
+    first, second = (recorded(model) for _ in range(2))
     assert decode(first, answers, rows_of(4)) == answers
-    assert first.captured is not None
-    num_recordings = first.captured.num_recordings
+    num_recordings = passes_of(first).num_recordings
     assert decode(second, answers, rows_of(4)) == answers
-    assert second.captured is first.captured
-    assert second.captured.num_recordings <= num_recordings + 2  # a bucket that the first happened not to need
-    third = CausalLM(model, recorders=Tape)
+    assert second.replay is first.replay
+    assert passes_of(second).num_recordings <= num_recordings + 2  # a bucket that the first happened not to need
+    third = recorded(model)
     second.open(rows_of(4))
     third.open(rows_of(4))
-    assert second.captured is not third.captured
+    assert second.replay is not third.replay
     with torch.inference_mode():
-        fourth = CausalLM(model, recorders=Tape)
+        fourth = recorded(model)
         fourth.open(rows_of(4))
-        assert fourth.captured is not first.captured
+        assert fourth.replay is not first.replay
 
 
 def test_old_recordings_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "_MAX_RECORDINGS", 2)
-    lm = CausalLM(model_of("llama"), recorders=Tape)
+    lm = recorded(model_of("llama"))
     got = play(lm)
-    assert lm.captured is not None
-    assert len(lm.captured._recorded) == lm.captured.num_bytes == 2
+    assert len(passes_of(lm)._recorded) == passes_of(lm).num_bytes == 2
     assert difference(got, play(CausalLM(model_of("llama")))) < 1e-5
 
 
 def test_a_function_that_runs_again_is_a_recorder() -> None:
     """What the benchmark's dry run uses."""
-    got = play(CausalLM(model_of("llama"), recorders=Rerun))
+    got = play(recorded(model_of("llama"), Rerun))
     assert difference(got, play(CausalLM(model_of("llama")))) < 1e-5
 
 
 def test_graphs_on_a_cpu_are_refused() -> None:
     with pytest.raises(UnsupportedOptionError, match=r"CUDA graphs need a model on one GPU .* tensors are on cpu"):
-        graph_recorders(model_of("llama"))
+        graph_pool(model_of("llama"))
     with pytest.raises(UnsupportedOptionError, match="leave cuda_graphs out"):
         specdec.generate(model_of("llama"), torch.tensor([[3, 4]]), max_new_tokens=3, cuda_graphs=True)
 
@@ -341,9 +344,8 @@ def test_graphs_on_a_gpu_equal_ordinary_passes(family: str, monkeypatch: pytest.
     if "gpt-oss" in family:
         model.set_experts_implementation("batched_mm")
     grouped_attention.use_kernels(model)
-    lm = CausalLM(model, recorders=graph_recorders(model))
+    lm = CausalLM(model, replays=graph_pool(model))
     scores = [short_play(engine) for engine in (lm, CausalLM(model))]
-    assert lm.captured is not None
-    assert (lm.captured.fault, lm.captured.num_recordings, lm.captured.num_replays) == ("", 1, 3)
+    assert (passes_of(lm).fault, passes_of(lm).num_recordings, passes_of(lm).num_replays) == ("", 1, 3)
     for got, wanted in zip(*scores, strict=True):
         torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-3, atol=1e-3)

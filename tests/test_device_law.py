@@ -47,7 +47,7 @@ from toy import (
     full,
 )
 
-from specdec import decode, device_verdicts
+from specdec import device_verdicts
 from specdec.decode import Decoder
 from specdec.interfaces import Verdict
 from specdec.kernels import pick, reject
@@ -197,11 +197,19 @@ class DeviceLoop(Loop):
     """The loop whose kernels' noise is a script's."""
 
     script: Script = field(default_factory=lambda: Script(True))
+    module: ModuleType = device_verdicts
 
     def decoder(self, noise: Noise) -> Decoder:
         assert isinstance(noise, ScriptedNoise)
         self.script.now = noise
-        return Loop.decoder(self, ScriptedPhilox(script=noise))
+        philox = ScriptedPhilox(script=noise)
+
+        def decide(rows: Any, trees: Any, scores: Any, probs: Any) -> list[Verdict]:
+            verdicts = self.module.verdicts_on_device(self.verifier, self.policy, philox, rows, trees, scores)
+            assert verdicts is not None, "the host was left to decide"
+            return [self.script.settled(verdict) for verdict in verdicts]
+
+        return replace(Loop.decoder(self, philox), decide=decide)
 
 
 Make = Callable[..., DeviceLoop]
@@ -216,20 +224,14 @@ def device_loop(monkeypatch: pytest.MonkeyPatch) -> Make:
     ) -> DeviceLoop:
         script = Script(is_eager=verifier == "match")
 
-        def decided(*args: Any) -> list[Verdict]:
-            found = module.verdicts_on_device(*args)
-            assert found is not None, "the host was left to decide"
-            return [script.settled(verdict) for verdict in found]
-
         monkeypatch.setenv("SPECDEC_KERNELS", "torch")
         monkeypatch.setattr(pick, "target_gumbel", script.target_gumbel)
         monkeypatch.setattr(reject, "step_words", script.step_words)
         monkeypatch.setattr(module, "pick_rows", script.pick_rows)
-        monkeypatch.setattr(decode, "verdicts_on_device", decided)
         drafter, target = case.drafter(), ToyTarget()
         drafter.tables = [table.float().double() for table in drafter.tables]
         target.logits = target.logits.float()
-        return DeviceLoop(drafter, make_verifier(verifier), target, ParamsPolicy(params), script=script)
+        return DeviceLoop(drafter, make_verifier(verifier), target, ParamsPolicy(params), script=script, module=module)
 
     return make
 

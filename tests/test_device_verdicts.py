@@ -16,12 +16,12 @@ from torch import Tensor
 from toy import ToyTarget
 
 import specdec
-from specdec import decode, device_verdicts
+from specdec import device_verdicts
 from specdec.decode import Decoder
-from specdec.device_verdicts import TreeBatch, decide, verdicts_on_device
+from specdec.device_verdicts import BatchVerdicts, TreeBatch, decide, verdicts_on_device
 from specdec.drafters.none import NoDrafter
 from specdec.errors import InexactDraftError, NonFiniteLogitsError
-from specdec.interfaces import Row, Scores, Verdict, Verifier
+from specdec.interfaces import BatchRule, Row, Scores, Verdict, Verifier
 from specdec.kernels import pick
 from specdec.kernels.walk import MAX_NODES
 from specdec.noise import PhiloxNoise, PhiloxRowNoise, Stream
@@ -289,7 +289,8 @@ def test_no_filter_hides_what_is_not_a_number(bad: float, count: int, filters: p
 class Custom(MatchVerifier):
     """A verifier of somebody's own, which knows nothing of batches."""
 
-    batch_rule = None  # type: ignore[assignment]
+    def batch_rule(self, params: SamplingParams) -> None:  # type: ignore[override]
+        return None
 
 
 def cases() -> Iterator[tuple[str, Verifier, Policy, Any]]:
@@ -332,7 +333,7 @@ def test_draws_that_a_verifier_is_not_exact_for_are_left_to_its_refusal(twins: N
         for params in (GREEDY, SamplingParams()):
             decoder = decoder_of(verifier, params)
             with pytest.raises(InexactDraftError):
-                decoder._verdicts(given.rows, given.trees, given.scores, probs_of(given, params))
+                decoder.decide(given.rows, given.trees, given.scores, probs_of(given, params))
 
 
 def probs_of(given: Pass, params: SamplingParams) -> list[Any]:
@@ -342,15 +343,17 @@ def probs_of(given: Pass, params: SamplingParams) -> list[Any]:
 
 def decoder_of(verifier: Verifier, params: SamplingParams) -> Decoder:
     target: Any = None
-    return Decoder(target, NoDrafter(), verifier, ParamsPolicy(params), NOISE, lambda row: False)
+    policy = ParamsPolicy(params)
+    decide = BatchVerdicts(verifier, policy, NOISE)
+    return Decoder(target, NoDrafter(), verifier, policy, NOISE, lambda row: False, decide=decide)
 
 
 def test_nothing_is_read_before_the_one_copy(taped_kernels: None) -> None:  # noqa: F811
     """Guards reads that would wait for a GPU, by the strict tape of the captured passes; one copy to the device, too."""
     for is_drawn, rule, params in (
-        (False, TreeBatch.follow, GREEDY),
-        (True, TreeBatch.follow, PARAMS[3]),
-        (True, TreeBatch.reject, PARAMS[3]),
+        (False, BatchRule.FOLLOW, GREEDY),
+        (True, BatchRule.FOLLOW, PARAMS[3]),
+        (True, BatchRule.REJECT, PARAMS[3]),
     ):
         given = some_pass(1, is_drawn)
         decide(rule, TreeBatch.of(given.rows, given.trees, given.scores, params, 5))
@@ -407,7 +410,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             seen.append(len(found))
         return found
 
-    monkeypatch.setattr(decode, "verdicts_on_device", counted)
+    monkeypatch.setattr(device_verdicts, "verdicts_on_device", counted)
     return seen
 
 

@@ -29,25 +29,23 @@ CORE = (
     "specdec.tuned specdec.hit_counts specdec.weight_index specdec.checks"
 ).split()
 MODEL = (
-    "specdec.wrapped specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe specdec.target specdec.models "
-    "specdec.prompts specdec.recording specdec.static_pass specdec.captured specdec.copies specdec.accelerate "
-    "specdec.grouped_attention specdec.packed_linear specdec.fused_layer specdec.offload "
-    "specdec.module_views specdec.weight_watch specdec.host_state"
+    "specdec.wrapped specdec.attention specdec.cache specdec.passes specdec.capture specdec.probe "
+    "specdec.target specdec.hub specdec.prompts specdec.recording specdec.static_pass specdec.captured "
+    "specdec.copies specdec.accelerate specdec.grouped_attention specdec.packed_linear specdec.fused_layer "
+    "specdec.offload specdec.module_views specdec.weight_watch specdec.host_state specdec.hub "
+    "specdec.model_state specdec.replay"
 ).split()
 RULES: list[tuple[str, list[str]]] = [
     ("specdec.kernels", ["specdec.kernels"]),
     ("specdec.analysis", ["specdec.analysis", "specdec.trace", "specdec.errors", "specdec.defaults"]),
     ("specdec.drafters", ["specdec.drafters", "specdec.kernels", "specdec.decode", "specdec.policy", *CORE, *MODEL]),
-    ("specdec.verifiers", ["specdec.verifiers", "specdec.kernels", "specdec.device_verdicts", "specdec.decode", *CORE]),
+    ("specdec.verifiers", ["specdec.verifiers", *CORE]),
     ("specdec.cli", ["specdec"]),
     *((module, CORE) for module in CORE),
     *((module, ["specdec.kernels", *CORE, *MODEL]) for module in MODEL),
     ("specdec.policy", CORE),
-    ("specdec.snapshot", []),
-    ("specdec.rowwise", ["specdec.policy", "specdec.snapshot", *CORE]),
-    ("specdec.lockstep", ["specdec.policy", *CORE]),
-    ("specdec.device_verdicts", ["specdec.kernels", "specdec.policy", *CORE]),
-    ("specdec.decode", ["specdec.device_verdicts", "specdec.policy", *CORE]),
+    "specdec.snapshot specdec.rowwise specdec.policy specdec.lockstep specdec.device_verdicts "
+    "specdec.kernels specdec.decode",
 ]
 
 

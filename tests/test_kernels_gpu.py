@@ -18,7 +18,7 @@ from kernel_probes import PROBES
 from test_device_verdicts import NOISE, PARAMS, on_host, some_pass
 
 from specdec.device_verdicts import TreeBatch, decide, verdicts_on_device
-from specdec.interfaces import Verifier
+from specdec.interfaces import BatchRule, Verifier
 from specdec.kernels import gpu
 from specdec.kernels.commit import KVBuffers, commit_kv
 from specdec.kernels.pick import Filters, pick_rows
@@ -126,7 +126,7 @@ def test_a_pass_is_decided_as_on_the_host_and_without_waiting(
     found = verdicts_on_device(verifier, policy, NOISE, given.rows, trees, scores)
     assert found is not None
     assert all(got == verdict or margin < 1e-5 for got, (verdict, margin) in zip(found, expected, strict=True))
-    rule = TreeBatch.reject if name == "rejection" and not params.is_greedy else TreeBatch.follow
+    rule = BatchRule.REJECT if name == "rejection" and not params.is_greedy else BatchRule.FOLLOW
     try:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("error")

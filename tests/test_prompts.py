@@ -147,7 +147,8 @@ def test_without_a_chat_template_the_turns_are_joined_by_newlines():
 @pytest.mark.model
 def test_the_default_models_template_opens_an_assistant_turn():
     """Guards against a template that is lost in the conversion, or tokenised with a second BOS."""
-    from specdec.models import DEFAULT_MODEL, load_tokenizer
+    from specdec.hub.catalog import DEFAULT_MODEL
+    from specdec.hub.load import load_tokenizer
 
     tokenizer = load_tokenizer(DEFAULT_MODEL)
     ids = render_turns(tokenizer, Prompt("1", "chat", ("Hi", "And you?"), is_raw=False), ["Fine."])

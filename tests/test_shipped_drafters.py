@@ -13,8 +13,9 @@ import specdec
 from specdec.drafters import make_drafter
 from specdec.drafters.shipped import SHIPPED
 from specdec.errors import CheckpointError, UnsupportedModelError
+from specdec.hub.catalog import is_fetched
+from specdec.hub.load import load_model, load_tokenizer
 from specdec.interfaces import DraftContext
-from specdec.models import is_fetched, load_model, load_tokenizer
 from specdec.target import CausalLM
 from specdec.verifiers import make_verifier
 

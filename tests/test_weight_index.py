@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.drafters.checkpoint_io import TensorFiles
 from specdec.errors import CheckpointError, ModelUnavailableError
-from specdec.models import load_model
+from specdec.hub.load import load_model
 from specdec.weight_index import weight_files
 
 SHARD = "model-00001-of-00001.safetensors"

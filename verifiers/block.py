@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.device_verdicts import BatchRule, TreeBatch
 from specdec.errors import InexactDraftError
-from specdec.interfaces import TargetProbs, Verdict
+from specdec.interfaces import BatchRule, TargetProbs, Verdict
 from specdec.noise import RowNoise, Stream
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
@@ -31,7 +30,7 @@ class BlockVerifier:
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule | None:
-        return TreeBatch.follow if params.is_greedy else None
+        return BatchRule.FOLLOW if params.is_greedy else None
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         """Raises InexactDraftError for a tree with branches too."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.device_verdicts import BatchRule, TreeBatch
-from specdec.interfaces import TargetProbs, Verdict
+from specdec.interfaces import BatchRule, TargetProbs, Verdict
 from specdec.noise import RowNoise
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
@@ -30,7 +29,7 @@ class MatchVerifier:
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule:
-        return TreeBatch.follow
+        return BatchRule.FOLLOW
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         if target.is_greedy:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from specdec.device_verdicts import BatchRule, TreeBatch
-from specdec.interfaces import TargetProbs, Verdict
+from specdec.interfaces import BatchRule, TargetProbs, Verdict
 from specdec.noise import RowNoise, Stream
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
@@ -36,7 +35,7 @@ class RejectionVerifier:
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule:
-        return TreeBatch.follow if params.is_greedy else TreeBatch.reject
+        return BatchRule.FOLLOW if params.is_greedy else BatchRule.REJECT
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         check_draws(self, tree)

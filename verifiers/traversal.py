@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from specdec.device_verdicts import BatchRule, TreeBatch
-from specdec.interfaces import TargetProbs, Verdict
+from specdec.interfaces import BatchRule, TargetProbs, Verdict
 from specdec.noise import RowNoise, Stream
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
@@ -47,7 +46,7 @@ class TraversalVerifier:
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule | None:
-        return TreeBatch.follow if params.is_greedy else None
+        return BatchRule.FOLLOW if params.is_greedy else None
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         check_draws(self, tree)

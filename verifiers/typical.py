@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from specdec.interfaces import TargetProbs, Verdict
+from specdec.interfaces import BatchRule, TargetProbs, Verdict
 from specdec.noise import RowNoise
+from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
 
 
@@ -30,6 +31,9 @@ class TypicalVerifier:
     is_coupled: bool = True  # it asks for no draft distributions: drafters may pick as they like
     looks_ahead: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
+
+    def batch_rule(self, params: SamplingParams) -> BatchRule | None:
+        return None
 
     def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
         children = tree.children()

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from gpu_sections.timing import Run, Timed
-from specdec.captured import GraphRecorders, kernel_copy
+from specdec.captured import CapturedPasses, GraphPool, GraphRecorders, kernel_copy
+from specdec.hub.catalog import DEFAULT_MODEL
+from specdec.hub.load import load_model
 from specdec.interfaces import Row
-from specdec.models import DEFAULT_MODEL, load_model
 from specdec.recording import Recorder, Rerun
 from specdec.target import CausalLM
 from specdec.tree import TokenTree
@@ -41,7 +42,7 @@ class Passes:
     """An engine that has processed a prompt, for passes over trees that are never committed."""
 
     def __init__(self, model: Any, context: int, recorders: Callable[[], Recorder] | None = None) -> None:
-        self.engine = CausalLM(model, recorders=recorders)
+        self.engine = CausalLM(model, replays=GraphPool(model, recorders) if recorders else None)
         self.row = Row(0, [7] * context, context + 999)
         self.engine.open([self.row])
         self.engine.score([self.row], [TokenTree((7,), (-1,))])
@@ -100,7 +101,7 @@ def captured_passes(run: Run) -> None:
 
 def report(run: Run, what: str, engine: CausalLM) -> None:
     """What the recordings cost, and whether anything was replayed at all."""
-    found = engine.captured
-    assert found is not None
+    found = engine.replay
+    assert isinstance(found, CapturedPasses)
     facts = {"recordings": found.num_recordings, "replays": found.num_replays, "noted": found.fault or "none failed"}
     run.add("captured", f"{what}: recording", seconds=round(found.record_s, 3), mb=found.num_bytes >> 20, **facts)

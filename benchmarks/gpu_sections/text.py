@@ -11,7 +11,8 @@ import specdec
 from gpu_sections.passes import default_model
 from gpu_sections.shapes import SHAPES, Shape, inflated
 from gpu_sections.timing import Run, Timed
-from specdec.models import DEFAULT_MODEL, load_tokenizer
+from specdec.hub.catalog import DEFAULT_MODEL
+from specdec.hub.load import load_tokenizer
 
 
 def end_to_end(run: Run) -> None:

@@ -29,7 +29,7 @@ from specdec.drafters.training.successors import gather, judge
 from specdec.drafters.training.vocabulary import choose_vocabulary
 from specdec.errors import CheckpointError
 from specdec.files import write_json, write_text
-from specdec.models import load_model
+from specdec.hub.load import load_model
 
 _VOCABULARY = "draft_vocab.json"
 KINDS = ("medusa", "eagle", "draft", "recycling")
