@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from specdec.checks import shown
@@ -39,7 +39,7 @@ def check_model(model: Any, name: str = "model") -> None:
             f"{name} must be a loaded model, got the name {os.fspath(model)!r}: load it with "
             "specdec.load_model(...) or AutoModelForCausalLM.from_pretrained(...)"
         )
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if not (isinstance(model, nn.Module) and any(isinstance(part, PreTrainedModel) for part in model.modules())):
         raise ValueError(f"{name} must be a loaded causal language model of transformers, got {shown(model)}")
 
 

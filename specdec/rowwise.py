@@ -113,7 +113,7 @@ class RowEnds:
     _others: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        eos = [c.eos_token_id.tolist() for c in self.criteria if type(c) is EosTokenCriteria]
+        eos = [c.eos_token_id.reshape(-1).tolist() for c in self.criteria if type(c) is EosTokenCriteria]
         self._eos = frozenset(token for ids in eos for token in ids)
         others = [c for c in self.criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
         self._others = [for_one_row(criterion, self.num_rows) for criterion in others]

@@ -32,7 +32,7 @@ import specdec
 from specdec.decode import Decoder
 from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import Row, Step
-from specdec.lockstep import LockstepPolicy
+from specdec.lockstep import LockstepPolicy, LockstepVerdicts
 from specdec.policy import ProcessorPolicy
 from specdec.sampling import SamplingParams
 from specdec.snapshot import Snapshot, UnreadableStateError
@@ -690,9 +690,10 @@ def test_rows_that_wait_for_each_other_still_follow_the_targets_law(verifier: st
             torch.tensor([PROMPT, PROMPT]), [shout_nothing], [MaxLengthCriteria(len(PROMPT) + num_tokens)], params, None,
             by_node=ProcessorPolicy([shout_nothing], params) if verifier == "traversal" else None,
         )  # fmt: skip
-        decoder = Decoder(
-            target, ToyDrafter(INDEPENDENT, shape), make_verifier(verifier), policy, TwinNoise(seed), policy.stop
-        )
+        rule, noise = make_verifier(verifier), TwinNoise(seed)
+        decide = LockstepVerdicts(policy, rule, noise)
+        drafter = ToyDrafter(INDEPENDENT, shape)
+        decoder = Decoder(target, drafter, rule, policy, noise, policy.stop, decide=decide)
         steps = [emission.step for emission in decoder.run(rows)]
         assert len({(step.index, len(step.tokens)) for step in steps}) == len(steps) / 2, "in lockstep"
         results.append(tuple(tuple(row.tokens[len(PROMPT) :]) for row in rows))
