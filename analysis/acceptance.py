@@ -26,7 +26,7 @@ TOKEN_CLASSES = ("word start", "word part", "number", "punctuation", "space", "o
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Counts and ratios of one method, under vLLM's names; see specdec.metrics.Stats."""
+    """Counts and ratios of one method, under vLLM's names; see specdec.stats.Stats."""
 
     name: str
     num_drafts: int  # passes of rows, empty drafts included

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from specdec.analysis.columns import Label, Output, Run, Steps, Trace, offsets_of
-from specdec.analysis.lines import DAMAGE, Columns, Heads, fast_columns, join, slow_columns
-from specdec.trace import check_head, parse_line
+from specdec.analysis.jsonl import DAMAGE, Columns, Heads, fast_columns, join, slow_columns
+from specdec.records.trace import check_head, parse_line
 
 _CHUNK = 1 << 18  # bytes; small enough to stay in a processor's cache
 _LABELS = ("method", "drafter", "verifier", "question_id", "category", "turn")

@@ -19,14 +19,14 @@ import numpy as np
 
 from specdec.budget import make_budget
 from specdec.cli.loading import all_model_facts, eos_ids, load
-from specdec.files import write_json
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.interfaces import Row
-from specdec.prompts import BUILTIN, load_prompts, render_turns
-from specdec.provenance import collect
+from specdec.records.files import write_json
+from specdec.records.prompts import BUILTIN, load_prompts, render_turns
+from specdec.records.provenance import collect
+from specdec.records.tuned import load_tuned
 from specdec.sampling import SamplingParams
-from specdec.tuned import load_tuned
-from specdec.tuning import Setting
+from specdec.tune.tuning import Setting
 from specdec.verifiers import make_verifier
 
 Configuration = tuple[str, int, bool]  # drafter, largest tree, adaptive

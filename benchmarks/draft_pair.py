@@ -20,30 +20,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from specdec.accelerate import accelerated
 from specdec.budget import FixedBudget
 from specdec.cli.loading import all_model_facts, eos_ids
-from specdec.drafters.growth import Children, Growing, Shape
-from specdec.files import write_json
+from specdec.cpu.accelerate import accelerated
+from specdec.distributions import WarperTransform
+from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder
+from specdec.engine.causal_lm import CausalLM
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import load_model, load_tokenizer
 from specdec.interfaces import Limit, Row, Scores
-from specdec.metrics import Stats
-from specdec.noise import PhiloxNoise
-from specdec.policy import ParamsPolicy
-from specdec.prompts import BUILTIN, load_prompts, render_turns
-from specdec.provenance import collect
+from specdec.records.files import write_json
+from specdec.records.prompts import BUILTIN, load_prompts, render_turns
+from specdec.records.provenance import collect
+from specdec.rng import PhiloxRng
 from specdec.sampling import SamplingParams
-from specdec.target import CausalLM
-from specdec.tuning import Setting
+from specdec.stats import Stats
+from specdec.tune.tuning import Setting
 from specdec.verifiers import make_verifier
 
 RULES = {
-    "rule 6 (top k-1 plus one draw)": (Children.TOP_PLUS_ONE, "rejection"),
-    "rule 5 (without replacement)": (Children.WITHOUT_REPLACEMENT, "rejection"),
-    "MSS (with replacement)": (Children.INDEPENDENT, "rejection"),
-    "top-k": (Children.CERTAIN, "match"),
-    "coupled": (Children.COUPLED, "match"),
+    "rule 6 (top k-1 plus one draw)": (ChildSampling.TOP_PLUS_ONE, "rejection"),
+    "rule 5 (without replacement)": (ChildSampling.WITHOUT_REPLACEMENT, "rejection"),
+    "MSS (with replacement)": (ChildSampling.INDEPENDENT, "rejection"),
+    "top-k": (ChildSampling.CERTAIN, "match"),
+    "coupled": (ChildSampling.COUPLED, "match"),
 }
 RUNS = {  # levels of drafting and nodes; every tree has as many levels as the chain beside it
     "chain of 4, rejection": ("model:shape=chain,num_tokens=4,min_confidence=0.0,children=independent", "rejection", 4),
@@ -76,7 +76,7 @@ def first_level(
     target: Any, draft: Any, texts: Sequence[list[int]], every: int, num_draws: int
 ) -> dict[str, dict[str, float]]:
     """The chance that one of k siblings is accepted, by k and rule."""
-    params, policy = SamplingParams(1.0), ParamsPolicy(SamplingParams(1.0))
+    params, logits_transform = SamplingParams(1.0), WarperTransform(SamplingParams(1.0))
     accepted: dict[str, dict[str, list[float]]] = {}
     for number, (text, start) in enumerate(texts_and_starts(texts)):
         with torch.no_grad():
@@ -88,13 +88,13 @@ def first_level(
                 for name, (children, rule) in RULES.items():
                     hits = 0
                     for draw in range(num_draws):
-                        noise = PhiloxNoise(draw).at(row.key, len(row.tokens))
-                        tree = Growing(row, Limit(1, k), Shape((k,)), children, params, noise)
+                        rng = PhiloxRng(draw).at(row.key, len(row.tokens))
+                        tree = TreeBuilder(row, Limit(1, k), Shape((k,)), children, params, rng)
                         tree.expand(q[position : position + 1])
                         proposal = tree.proposal()
                         scores = Scores(p[position : position + 1].expand(len(proposal), -1))
-                        probs = policy.target_probs(row, proposal, scores)
-                        hits += make_verifier(rule).verify(proposal, probs, noise).num_accepted > 0
+                        probs = logits_transform.target_probs(row, proposal, scores)
+                        hits += make_verifier(rule).verify(proposal, probs, rng).num_accepted > 0
                     accepted.setdefault(str(k), {}).setdefault(name, []).append(hits / num_draws)
     return {k: {name: float(np.mean(each)) for name, each in rules.items()} for k, rules in accepted.items()}
 

@@ -29,9 +29,9 @@ from gpu_sections.text import end_to_end
 from gpu_sections.timing import Run
 from gpu_sections.verdicts import verdicts
 
-from specdec.files import write_json
 from specdec.kernels import simulator
-from specdec.provenance import collect
+from specdec.records.files import write_json
+from specdec.records.provenance import collect
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "ceilings": ceilings,

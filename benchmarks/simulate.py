@@ -33,9 +33,9 @@ from specdec.drafters import make_drafter
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import load_model, load_tokenizer
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.noise import PhiloxNoise
-from specdec.prompts import BUILTIN, load_prompts, render_turns
-from specdec.provenance import collect
+from specdec.records.prompts import BUILTIN, load_prompts, render_turns
+from specdec.records.provenance import collect
+from specdec.rng import PhiloxRng
 from specdec.sampling import GREEDY
 from specdec.tree import TokenTree
 from specdec.verifiers import make_verifier
@@ -174,7 +174,7 @@ def replay(drafter: Drafter, rows: Sequence[Recorded], num_nodes: int, vocab_siz
 def _step(drafter: Drafter, row: Row, recorded: Recorded, num_nodes: int, logits: torch.Tensor, tally: Tally) -> None:
     started = time.perf_counter()
     limit = Limit(row.num_left - 1, num_nodes)
-    (tree,) = drafter.propose([row], [limit], GREEDY, PhiloxNoise(0))
+    (tree,) = drafter.propose([row], [limit], GREEDY, PhiloxRng(0))
     tally.host_s += time.perf_counter() - started
     first = row.num_emitted
     nodes = accepted(tree, recorded.answer[first:])

@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from specdec.accelerate import accelerated
 from specdec.cli.loading import model_facts
-from specdec.copies import sharing_copy
-from specdec.files import write_json
+from specdec.cpu.accelerate import accelerated
+from specdec.cpu.packed_linear import packing_fault
+from specdec.engine.causal_lm import CausalLM
+from specdec.engine.shared_copy import sharing_copy
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import load_model
 from specdec.interfaces import Row
-from specdec.packed_linear import packing_fault
-from specdec.provenance import collect
-from specdec.target import CausalLM
+from specdec.records.files import write_json
+from specdec.records.provenance import collect
 from specdec.tree import TokenTree
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)

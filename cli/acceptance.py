@@ -8,13 +8,13 @@ from typing import Any
 from specdec.budget import FixedBudget
 from specdec.cli.loading import eos_ids
 from specdec.decode import Decoder
+from specdec.distributions import WarperTransform
 from specdec.drafters import make_drafter
+from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import DraftContext, Row
-from specdec.metrics import Stats
-from specdec.noise import PhiloxNoise
-from specdec.policy import ParamsPolicy
+from specdec.rng import PhiloxRng
 from specdec.sampling import GREEDY
-from specdec.target import CausalLM
+from specdec.stats import Stats
 from specdec.verifiers import make_verifier
 
 _NUM_TOKENS = 64
@@ -34,8 +34,8 @@ def measure_acceptance(
     """
     engine, rule, ends = CausalLM(model), make_verifier("match"), eos_ids(model)
     drafter = make_drafter(spec, DraftContext(engine, rule, tuple(draft_models)))
-    policy, noise, budget = ParamsPolicy(GREEDY), PhiloxNoise(0), FixedBudget(max_nodes)
-    decoder = Decoder(engine, drafter, rule, policy, noise, lambda row: row.tokens[-1] in ends, budget)
+    logits_transform, rng, budget = WarperTransform(GREEDY), PhiloxRng(0), FixedBudget(max_nodes)
+    decoder = Decoder(engine, drafter, rule, logits_transform, rng, lambda row: row.tokens[-1] in ends, budget)
     stats = Stats()
     rows = (Row(i, list(ids), len(ids) + _NUM_TOKENS) for i, ids in enumerate(questions))
     for emission in decoder.run(rows, num_rows):

@@ -13,7 +13,7 @@ import typer
 from specdec.cli import options
 from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.hub.catalog import DEFAULT_MODEL
-from specdec.prompts import BUILTIN
+from specdec.records.prompts import BUILTIN
 
 if TYPE_CHECKING:
     from specdec.cli.results import BenchConfig
@@ -110,7 +110,7 @@ def _run(asked: BenchConfig, output: Path | None) -> None:
     from specdec.cli.progress import progress
     from specdec.cli.summary import summarise
     from specdec.cli.table import print_summary
-    from specdec.files import write_json
+    from specdec.records.files import write_json
 
     with progress() as tell:
         results = run_bench(asked, command=["specdec", *sys.argv[1:]], tell=tell)
@@ -126,7 +126,7 @@ def _run(asked: BenchConfig, output: Path | None) -> None:
 
 def _check_paths(prompts: str, output: Path | None, trace: Path | None) -> None:
     """Refuse files that cannot be written, or that would overwrite each other or the prompts."""
-    from specdec.files import check_writable
+    from specdec.records.files import check_writable
 
     taken = {} if prompts == BUILTIN else {Path(prompts).expanduser().resolve(): "the prompts"}
     for what, path in (("--output", output), ("--trace", trace)):

@@ -34,12 +34,12 @@ from specdec.cli.synthetic import SYNTHETIC, synthetic_pair
 from specdec.defaults import DEFAULT_VERIFIER
 from specdec.drafters import make_drafter, parse_drafter
 from specdec.drafters.model import check_vocabulary
+from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import DraftContext
-from specdec.prompts import Prompt, load_prompts, render_turns
-from specdec.provenance import collect
+from specdec.records.prompts import Prompt, load_prompts, render_turns
+from specdec.records.provenance import collect
+from specdec.records.trace import TraceWriter
 from specdec.sampling import SamplingParams
-from specdec.target import CausalLM
-from specdec.trace import TraceWriter
 from specdec.verifiers import make_verifier
 
 WARM_UP_TOKENS = 8

@@ -45,7 +45,7 @@ def doctor() -> None:
 
 
 def _versions() -> Iterator[str]:
-    from specdec.provenance import project_commit, versions
+    from specdec.records.provenance import project_commit, versions
 
     for name, version in versions().items():
         yield f"{name}: {version or 'not installed'}"
@@ -56,7 +56,7 @@ def _versions() -> Iterator[str]:
 def _machine() -> Iterator[str]:
     import torch
 
-    from specdec.provenance import machine
+    from specdec.records.provenance import machine
 
     facts = machine()
     yield f"cpu: {facts['cpu']}, {facts['usable_cores']} of {facts['cores']} cores usable, torch uses {torch.get_num_threads()} threads"

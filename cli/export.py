@@ -16,7 +16,7 @@ from specdec.cli.text import tell
 from specdec.hub.catalog import DEFAULT_MODEL, known_models, model_path
 
 if TYPE_CHECKING:
-    from specdec.metrics import Stats
+    from specdec.stats import Stats
 
 EXAMPLE = "Example: specdec export eagle3 my-eagle --target MODEL --output exported --for vllm"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -67,13 +67,13 @@ def export(
     options.set_threads(threads)
     import torch
 
-    from specdec.drafters.checkpoint_io import read_json
-    from specdec.drafters.eagle_cell import EagleCell
-    from specdec.drafters.eagle_engine import head_layers, share_output
-    from specdec.drafters.eagle_format import load_eagle, save_eagle
-    from specdec.drafters.shipped import mismatch, target_facts
-    from specdec.files import write_json, write_text
+    from specdec.drafters.heads.checkpoint_io import read_json
+    from specdec.drafters.heads.eagle_cell import EagleCell
+    from specdec.drafters.heads.eagle_engine import head_layers, share_output
+    from specdec.drafters.heads.eagle_format import load_eagle, save_eagle
+    from specdec.drafters.heads.shipped import mismatch, target_facts
     from specdec.hub.load import load_model
+    from specdec.records.files import write_json, write_text
 
     drafter, output = drafter.expanduser(), output.expanduser()
     if output.exists() and any(output.iterdir()):
@@ -133,7 +133,7 @@ def chain_acceptance(folder: Path, target: str, model: Any, count: int) -> Stats
     from specdec.cli.acceptance import measure_acceptance
     from specdec.drafters import format_drafter
     from specdec.hub.load import load_tokenizer
-    from specdec.prompts import BUILTIN, load_prompts, render_turns
+    from specdec.records.prompts import BUILTIN, load_prompts, render_turns
 
     tokenizer, prompts = load_tokenizer(target), load_prompts(BUILTIN)
     chosen = prompts[:: max(1, len(prompts) // count)][:count]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from specdec.cli.loading import Loaded
     from specdec.decode import Decoder, Emission
     from specdec.interfaces import Row
-    from specdec.metrics import Stats
+    from specdec.stats import Stats
 
 EXAMPLE = 'Example: specdec generate "Write a haiku about trees." --temperature 0.7 --seed 1'
 
@@ -77,7 +77,7 @@ def generate(
     from specdec.cli.loading import check_prompt, load
     from specdec.drafters import parse_drafter
     from specdec.interfaces import Row
-    from specdec.noise import PhiloxNoise
+    from specdec.rng import PhiloxRng
     from specdec.sampling import SamplingParams
     from specdec.verifiers import make_verifier
 
@@ -86,14 +86,14 @@ def generate(
         entry = tuned.nearest(1)
         drafter, max_nodes, adaptive = entry.drafter, entry.max_nodes, entry.adaptive
     budget = make_budget(max_nodes, adaptive, tuned.costs() if tuned else None)
-    params, noise = SamplingParams(temperature, top_k, top_p, min_p), PhiloxNoise(seed)
+    params, rng = SamplingParams(temperature, top_k, top_p, min_p), PhiloxRng(seed)
     parse_drafter(drafter)
     rule = make_verifier(verifier)
     loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
     options.warn_config(tuned, loaded.model)
     ids = _render(loaded.tokenizer, text, system, chat)
     check_prompt(loaded.engine, ids, max_new_tokens, "the prompt")
-    decoder = _decoder(loaded, drafter, rule, params, noise, budget)
+    decoder = _decoder(loaded, drafter, rule, params, rng, budget)
     view = _view(loaded.tokenizer, explain=explain, live=live)
     _stream(decoder, Row(0, ids, len(ids) + max_new_tokens), view)
 
@@ -110,17 +110,17 @@ def _render(tokenizer: Any, text: str, system: str | None, chat: bool) -> list[i
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
-def _decoder(loaded: Loaded, drafter: str, rule: Any, params: Any, noise: Any, budget: Any) -> Decoder:
+def _decoder(loaded: Loaded, drafter: str, rule: Any, params: Any, rng: Any, budget: Any) -> Decoder:
     from specdec.cli.loading import eos_ids
     from specdec.decode import Decoder
+    from specdec.distributions import WarperTransform
     from specdec.drafters import make_drafter
     from specdec.interfaces import DraftContext
-    from specdec.policy import ParamsPolicy
 
     ends = eos_ids(loaded.model)
     proposer = make_drafter(drafter, DraftContext(loaded.engine, rule, loaded.own_draft_models))
-    policy = ParamsPolicy(params)
-    return Decoder(loaded.engine, proposer, rule, policy, noise, lambda row: row.tokens[-1] in ends, budget)
+    logits_transform = WarperTransform(params)
+    return Decoder(loaded.engine, proposer, rule, logits_transform, rng, lambda row: row.tokens[-1] in ends, budget)
 
 
 class View(Protocol):
@@ -159,7 +159,7 @@ def _view(tokenizer: Any, *, explain: bool, live: bool) -> View:
 
 def _stream(decoder: Decoder, row: Row, view: View) -> None:
     """Generate ``row``, showing its text as it comes, and sum up; Ctrl-C ends it early with status 130."""
-    from specdec.metrics import Stats
+    from specdec.stats import Stats
 
     stats = Stats()
     is_interrupted = False

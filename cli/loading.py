@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specdec.accelerate import accelerated
-from specdec.captured import graph_pool, kernel_copy
 from specdec.cli.text import tell
+from specdec.cpu.accelerate import accelerated
+from specdec.cuda.graphs import graph_pool, kernel_copy
+from specdec.engine.causal_lm import CausalLM
 from specdec.errors import ModelUnavailableError, UnsupportedModelError
 from specdec.hub.catalog import is_fetched, known_models, model_path
 from specdec.hub.load import load_model, load_tokenizer
-from specdec.target import CausalLM
 
 
 @dataclass(frozen=True, slots=True)

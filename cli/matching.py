@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.noise import PhiloxNoise
+from specdec.rng import PhiloxRng
 from specdec.sampling import SamplingParams, sampling_probs
 
 # On the scale of logits. 16-bit passes of one token and of many differ by up to two steps of a logit's last bits.
@@ -107,9 +107,9 @@ class Judge:
         """(V,) what the next token is the largest of, on the scale of logits: with sampling, noise included."""
         if self.params.is_greedy:
             return logits
-        noise = PhiloxNoise(self.seed).at(key, len(ids))
+        rng = PhiloxRng(self.seed).at(key, len(ids))
         probs = sampling_probs(logits, self.params)
-        gumbel = noise.gumbel(torch.arange(len(probs), device=probs.device), 0)
+        gumbel = rng.gumbel(torch.arange(len(probs), device=probs.device), 0)
         return self.params.temperature * (probs.double().log() + gumbel)
 
     @torch.no_grad()

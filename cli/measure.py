@@ -17,11 +17,11 @@ from torch import Tensor
 from specdec.budget import Budget
 from specdec.cli.details import Details, details
 from specdec.decode import Decoder
+from specdec.distributions import WarperTransform
+from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import Drafter, Row, Step, Verifier
-from specdec.noise import PhiloxNoise
-from specdec.policy import ParamsPolicy
+from specdec.rng import PhiloxRng
 from specdec.sampling import SamplingParams
-from specdec.target import CausalLM
 
 Clock = Callable[[], float]
 
@@ -145,9 +145,9 @@ class Speculative:
         return self.rule.lossless
 
     def run(self, batch: Batch) -> Output:
-        policy, noise = ParamsPolicy(SamplingParams(self.temperature)), PhiloxNoise(self.seed)
+        logits_transform, rng = WarperTransform(SamplingParams(self.temperature)), PhiloxRng(self.seed)
         decoder = Decoder(
-            self.engine, self.proposer, self.rule, policy, noise, self._is_at_end, self.budget, self.clock
+            self.engine, self.proposer, self.rule, logits_transform, rng, self._is_at_end, self.budget, self.clock
         )
         rows = [
             Row(key, list(ids), len(ids) + batch.max_new_tokens)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from specdec.tuned import Tuned
+    from specdec.records.tuned import Tuned
 
 Target = Annotated[
     str,
@@ -86,7 +86,7 @@ def read_config(path: Path | None) -> Tuned | None:
     """
     if path is None:
         return None
-    from specdec.tuned import load_tuned
+    from specdec.records.tuned import load_tuned
 
     return load_tuned(path)
 

@@ -23,7 +23,7 @@ def report(
     The file holds everything and needs no network. Runs under different conditions get chapters of their own.
     """
     from specdec.analysis.report import build
-    from specdec.files import check_writable, write_text
+    from specdec.records.files import check_writable, write_text
 
     output = output.expanduser()
     if output.resolve() in [run.expanduser().resolve() for run in runs]:

@@ -13,8 +13,8 @@ from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MA
 from specdec.drafters import parse_drafter
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import resolve_device, resolve_dtype
-from specdec.noise import PhiloxNoise
-from specdec.prompts import BUILTIN, Prompt
+from specdec.records.prompts import BUILTIN, Prompt
+from specdec.rng import PhiloxRng
 from specdec.sampling import SamplingParams
 from specdec.verifiers import make_verifier
 
@@ -54,7 +54,7 @@ class BenchConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         SamplingParams(self.temperature)
-        PhiloxNoise(self.seed)
+        PhiloxRng(self.seed)
         make_verifier(self.verifier)
         resolve_dtype(self.dtype, resolve_device(self.device))
         for text in self.drafters:

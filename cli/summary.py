@@ -17,7 +17,7 @@ from specdec.cli.matching import Match
 from specdec.cli.measure import HF_ASSISTED, HF_GENERATE, HF_LOOKUP, PLAIN, Method, Output
 from specdec.cli.results import Group, Results, Turn
 from specdec.cli.synthetic import SYNTHETIC
-from specdec.metrics import Stats
+from specdec.stats import Stats
 
 SCHEMA = 1
 NUM_RESAMPLES = 2000

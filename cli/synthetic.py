@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from specdec.interfaces import BatchRule, Drafter, Limit, Row, Scores, TargetProbs, Verdict
-from specdec.noise import Noise, RowNoise
+from specdec.interfaces import BatchRule, Drafter, Limit, Row, Scores, TargetDistributions, Verdict
+from specdec.rng import Rng, RowRng
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
 
@@ -64,7 +64,7 @@ class SyntheticDrafter(Drafter):
     def begin(self, rows: Sequence[Row]) -> None: ...
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         lengths = [max(0, min(len(self.rates), limit.depth, limit.nodes)) for limit in limits]
         return [
@@ -86,7 +86,7 @@ class SyntheticVerifier:
     token: int
     name: str = SYNTHETIC
     lossless: bool = False
-    is_coupled: bool = False
+    shares_target_noise: bool = False
     looks_ahead: bool = False
     chain_only: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
@@ -94,15 +94,15 @@ class SyntheticVerifier:
     def batch_rule(self, params: SamplingParams) -> BatchRule | None:
         return None
 
-    def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
+    def verify(self, tree: TokenTree, target: TargetDistributions, rng: RowRng) -> Verdict:
         accepted = 0
         self._ask(target, 0)
-        while accepted < min(len(tree) - 1, len(self.rates)) and noise.coin(self.rates[accepted], accepted):
+        while accepted < min(len(tree) - 1, len(self.rates)) and rng.bernoulli(self.rates[accepted], accepted):
             accepted += 1
             self._ask(target, accepted)
         return Verdict(tuple(range(accepted + 1)), (*tree.tokens[1 : accepted + 1], self.token))
 
-    def _ask(self, target: TargetProbs, node: int) -> None:
+    def _ask(self, target: TargetDistributions, node: int) -> None:
         if target.is_greedy:
             target.best(node)
         else:

@@ -39,7 +39,7 @@ class Source:
 
     def __post_init__(self) -> None:
         from specdec.drafters.training.features import SHARD
-        from specdec.prompts import load_prompts
+        from specdec.records.prompts import load_prompts
 
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
@@ -62,7 +62,7 @@ class Source:
 
     def prepare(self, model: Any, tokenizer: Any, *, needs_layers: bool) -> tuple[FeatureStore, list[Conversation]]:
         """Make what is missing of the text and its features; ``needs_layers``: EAGLE's, which small targets lack."""
-        from specdec.drafters.eagle_engine import feature_layers
+        from specdec.drafters.heads.eagle_engine import feature_layers
         from specdec.drafters.training.features import SHARD, FeatureStore
 
         num_layers = model.config.get_text_config().num_hidden_layers
@@ -92,10 +92,10 @@ class Source:
         return folder.read()
 
     def _generate(self, model: Any, chat: Chat, folder: DataFolder) -> None:
-        from specdec.accelerate import accelerated
         from specdec.cli.loading import check_prompt, eos_ids
+        from specdec.cpu.accelerate import accelerated
         from specdec.drafters.training.data import OPENERS, Generator
-        from specdec.target import CausalLM
+        from specdec.engine.causal_lm import CausalLM
         from specdec.verifiers import make_verifier
 
         engine, settings = CausalLM(accelerated(model)), folder.settings

@@ -15,11 +15,11 @@ from specdec.cli import options
 from specdec.cli.text import tell
 from specdec.defaults import DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.hub.catalog import DEFAULT_MODEL
-from specdec.prompts import BUILTIN
+from specdec.records.prompts import BUILTIN
 
 if TYPE_CHECKING:
     from specdec.cli.loading import Loaded
-    from specdec.tuning import Candidate, Setting
+    from specdec.tune.tuning import Candidate, Setting
 
 EXAMPLE = "Example: specdec tune --drafter ngram --batch-size 1 --limit 16 --output tuned.json"
 _NUM_RACERS = 6
@@ -74,12 +74,12 @@ def tune(
     options.set_threads(threads)
     from specdec.cli.loading import all_model_facts, eos_ids, load
     from specdec.drafters import parse_drafter
-    from specdec.files import check_writable, write_json
-    from specdec.provenance import collect
+    from specdec.engine.causal_lm import CausalLM
+    from specdec.records.files import check_writable, write_json
+    from specdec.records.provenance import collect
+    from specdec.records.tuned import KIND, SCHEMA, fingerprint
     from specdec.sampling import SamplingParams
-    from specdec.target import CausalLM
-    from specdec.tuned import KIND, SCHEMA, fingerprint
-    from specdec.tuning import Setting
+    from specdec.tune.tuning import Setting
     from specdec.verifiers import make_verifier
 
     output = output.expanduser()
@@ -116,7 +116,7 @@ def tune(
 
 def _specs(asked: Sequence[str], can_tree: bool) -> list[str]:
     """Each drafter once, a draft model in all shapes that it ``can_tree`` draft; plain decoding takes part anyway."""
-    from specdec.tuning import MODEL_CHAINS, MODEL_TREES
+    from specdec.tune.tuning import MODEL_CHAINS, MODEL_TREES
 
     shapes = (*MODEL_CHAINS, *MODEL_TREES) if can_tree else MODEL_CHAINS
     named = [spec for spec in dict.fromkeys(asked) if spec != "none"]
@@ -136,7 +136,7 @@ def _batch_sizes(text: str) -> list[int]:
 def _prompt_ids(loaded: Loaded, source: str, limit: int | None, max_new_tokens: int) -> list[list[int]]:
     """First turns only; with a limit taken from all over the file, because neighbours are often alike."""
     from specdec.cli.loading import check_prompt
-    from specdec.prompts import load_prompts, render_turns
+    from specdec.records.prompts import load_prompts, render_turns
 
     known = load_prompts(source)
     if limit is not None:
@@ -156,7 +156,7 @@ def _tune(
     setting: Setting, specs: Sequence[str], prompts: list[list[int]], size: int, max_nodes: int, seconds: float
 ) -> dict[str, Any]:
     """The entry of one batch size. Half of the prompts are recorded from, so that the race sees new ones too."""
-    from specdec.tuning import finalists, measure_curve, predict, race, record
+    from specdec.tune.tuning import finalists, measure_curve, predict, race, record
 
     full = prompts * (-(-size // len(prompts)))  # fewer prompts than rows: some twice
     batches = [full[i : i + size] for i in range(0, len(full) - size + 1, size)]
@@ -213,8 +213,8 @@ def _print(size: int, racers: Sequence[Candidate], best: Candidate, curve: dict[
 
 def _show_trees(path: Path) -> None:
     """For each batch size the best trees that its acceptance table allows."""
-    from specdec.drafters.shapes import sequoia
-    from specdec.tuned import load_tuned
+    from specdec.drafters.trees.shapes import sequoia
+    from specdec.records.tuned import load_tuned
 
     for entry in load_tuned(path).entries:
         print(f"batch size {entry.batch_size}, drafter {entry.drafter}")

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from specdec.drafters.eagle_engine import EagleEngine
-from specdec.drafters.eagle_format import load_eagle
-from specdec.drafters.growth import Children, Growing, Shape, choose_children, grow
-from specdec.drafters.ranking import DraftVocab
-from specdec.drafters.shipped import engine_of, find, kept, version
+from specdec.drafters.heads.eagle_engine import EagleEngine
+from specdec.drafters.heads.eagle_format import load_eagle
+from specdec.drafters.heads.shipped import find, kept, require_causal_lm, version
+from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder, choose_child_sampling, grow
+from specdec.drafters.trees.ranking import DraftVocab
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.noise import Noise
+from specdec.rng import Rng
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 
@@ -31,7 +31,7 @@ class EagleDrafter(Drafter):
 
     engine: EagleEngine
     shape: Shape
-    children: Children = Children.CERTAIN
+    children: ChildSampling = ChildSampling.CERTAIN
     name: str = "eagle"
     _begun: set[Row] = field(default_factory=set, init=False)
     _vocab: DraftVocab = field(init=False)
@@ -40,7 +40,7 @@ class EagleDrafter(Drafter):
         self._vocab = DraftVocab(self.engine.cell.target_ids(), self.engine.target.vocab_size)
 
     @property
-    def is_costly(self) -> bool:
+    def drafts_by_level(self) -> bool:
         """Whether each level of a tree takes a pass of its own."""
         return True
 
@@ -54,12 +54,12 @@ class EagleDrafter(Drafter):
         self._begun.update(rows)
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         trees = []
         for row, limit in zip(rows, limits, strict=True):
-            here = noise.at(row.key, len(row.tokens))
-            trees.append(Growing(row, limit, self.shape, self.children, params, here, self._vocab))
+            here = rng.at(row.key, len(row.tokens))
+            trees.append(TreeBuilder(row, limit, self.shape, self.children, params, here, self._vocab))
             if not self.engine.is_ready(row):
                 trees[-1].frontier = []
         grow(self.engine, trees)
@@ -94,10 +94,10 @@ def _build(
     nodes: int = 16,
     min_confidence: float = 0.1,
 ) -> Drafter:
-    target = engine_of(context.target, "eagle")
+    target = require_causal_lm(context.target, "eagle")
     place = find("eagle", "smollm2-135m-eagle3", target, path)
     form = Shape.parse(str(shape), top_k, num_tokens, min_confidence, nodes)
-    chosen = choose_children(children, context.verifier.is_coupled, form)
+    chosen = choose_child_sampling(children, context.verifier.shares_target_noise, form)
     chosen_layers = None if layers is None else parse_layers(layers)
     key = ("eagle", *version(place), chosen_layers)
     cell = kept(target, key, lambda: load_eagle(place, target.hidden_size, target.vocab_size, chosen_layers))

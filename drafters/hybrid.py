@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 from specdec.budget import Calibration
-from specdec.drafters.merge import merge
+from specdec.drafters.trees.merge import merge
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.noise import Noise, PartNoise
 from specdec.release import call_all
+from specdec.rng import PartNoise, Rng
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree, best_part
 
@@ -31,7 +31,7 @@ class HybridDrafter(Drafter):
     (``PartNoise``). What they leave of the budget goes to the best nodes that the others picked. Each part's estimates
     are calibrated by what was accepted. A part may be a hybrid itself.
 
-    Drafters that run a network level by level (``is_costly``) are asked last, and not for rows in which the others'
+    Drafters that run a network level by level (``drafts_by_level``) are asked last, and not for rows in which the others'
     trees already promise ``enough`` accepted tokens.
     """
 
@@ -51,9 +51,9 @@ class HybridDrafter(Drafter):
         self._drawing = [k for k, part in enumerate(self.parts) if part.is_drawing]
 
     @property
-    def is_costly(self) -> bool:
+    def drafts_by_level(self) -> bool:
         """Whether any part is."""
-        return any(part.is_costly for part in self.parts)
+        return any(part.drafts_by_level for part in self.parts)
 
     @property
     def is_drawing(self) -> bool:
@@ -65,21 +65,21 @@ class HybridDrafter(Drafter):
             part.begin(rows)
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         proposals: list[list[TokenTree]] = [[] for _ in self.parts]
         calibrated: list[list[TokenTree]] = [[] for _ in self.parts]
         promised = [0.0] * len(rows)
-        for k in sorted(range(len(self.parts)), key=lambda k: self.parts[k].is_costly):
+        for k in sorted(range(len(self.parts)), key=lambda k: self.parts[k].drafts_by_level):
             part, shares = self.parts[k], self._share(k, limits)
-            if part.is_costly:
+            if part.drafts_by_level:
                 none = (replace(share, depth=0, nodes=0) for share in shares)
                 shares = [n if p >= self.enough else s for s, n, p in zip(shares, none, promised, strict=True)]
-            proposals[k] = part.propose(rows, shares, params, PartNoise(noise, k, len(self.parts)))
+            proposals[k] = part.propose(rows, shares, params, PartNoise(rng, k, len(self.parts)))
             if k not in self._drawing:
                 _check_certain(part.name, proposals[k])
             calibrated[k] = [self._calibrated(k, tree) for tree in proposals[k]]
-            if not part.is_costly:
+            if not part.drafts_by_level:
                 promised = [max(p, sum(t.estimates[1:])) for p, t in zip(promised, calibrated[k], strict=True)]
         self._proposed.update(zip(rows, map(list, zip(*proposals, strict=True)), strict=True))
         return [_combine(own, limit) for own, limit in zip(zip(*calibrated, strict=True), limits, strict=True)]
@@ -115,7 +115,7 @@ class HybridDrafter(Drafter):
 
 def _check_declared(part: Drafter) -> None:
     """Refuse a part that leaves open how it must be treated; drafters of other packages are not type-checked."""
-    missing = [trait for trait in ("is_costly", "is_drawing") if not hasattr(part, trait)]
+    missing = [trait for trait in ("drafts_by_level", "is_drawing") if not hasattr(part, trait)]
     if missing:
         raise ValueError(
             f"drafter {part.name!r} must declare {' and '.join(missing)} to be part of a hybrid: let "

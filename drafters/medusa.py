@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters.growth import Children, Shape, choose_children
-from specdec.drafters.medusa_heads import MedusaHeads, load_medusa, pack_heads
-from specdec.drafters.ranking import DraftVocab, ranking
-from specdec.drafters.shapes import Path, StaticShape, Table, greedy_growth
-from specdec.drafters.shipped import draft_dtype, engine_of, find, kept, version
+from specdec.cpu.packed_linear import is_packed, pack
+from specdec.drafters.heads.medusa_heads import MedusaHeads, load_medusa, pack_heads
+from specdec.drafters.heads.shipped import draft_dtype, find, kept, require_causal_lm, version
+from specdec.drafters.trees.growth import ChildSampling, Shape, choose_child_sampling
+from specdec.drafters.trees.ranking import DraftVocab, ranking
+from specdec.drafters.trees.shapes import Path, StaticShape, Table, greedy_growth
+from specdec.engine.offload import loaded
 from specdec.interfaces import DraftContext, Drafter, Limit, ModelTarget, Row, Scores, Verdict
-from specdec.noise import Noise
-from specdec.offload import loaded
-from specdec.packed_linear import is_packed, pack
+from specdec.rng import Rng
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree, best_part
 
@@ -46,7 +46,7 @@ class MedusaDrafter(Drafter):
     heads: MedusaHeads
     target: ModelTarget
     choices: str = "dynamic"
-    children: Children = Children.CERTAIN
+    children: ChildSampling = ChildSampling.CERTAIN
     top_k: int = 10
     name: str = "medusa"
     _hidden: dict[Row, Tensor | None] = field(default_factory=dict, init=False)  # (H,) of the newest verified token
@@ -85,7 +85,7 @@ class MedusaDrafter(Drafter):
         self._hidden.update((row, None) for row in rows)
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         trees = [TokenTree.root(row.tokens[-1]) for row in rows]
         states = [self._hidden[row] for row in rows]
@@ -93,7 +93,7 @@ class MedusaDrafter(Drafter):
         if drafted:
             logits = self._logits(torch.stack([states[i] for i in drafted]))  # type: ignore[misc]
             for column, i in enumerate(drafted):
-                trees[i] = self._tree(rows[i], limits[i], logits[:, column], params, noise)
+                trees[i] = self._tree(rows[i], limits[i], logits[:, column], params, rng)
         return trees
 
     @torch.no_grad()
@@ -106,12 +106,12 @@ class MedusaDrafter(Drafter):
         whole_vocabulary = self.heads.draft_vocab is None  # then the matrix is the target's own layer
         return self._output(states.to(self.target.model.dtype) if whole_vocabulary else states)  # type: ignore[no-any-return]
 
-    def _tree(self, row: Row, limit: Limit, logits: Tensor, params: SamplingParams, noise: Noise) -> TokenTree:
+    def _tree(self, row: Row, limit: Limit, logits: Tensor, params: SamplingParams, rng: Rng) -> TokenTree:
         """One row's tree from its ``logits`` (heads, Vd)."""
         logits = logits[: limit.depth]
         depth = len(logits)
-        if self.children is Children.COUPLED and not params.is_greedy:
-            here = noise.at(row.key, len(row.tokens))
+        if self.children is ChildSampling.COUPLED and not params.is_greedy:
+            here = rng.at(row.key, len(row.tokens))
             rows = torch.split(logits, 1)
             probs = torch.cat([ranking(each, params, here, d, self._vocab) for d, each in enumerate(rows)])
         else:
@@ -177,7 +177,7 @@ def _build(
     children: str | None = None,
     top_k: int = 10,
 ) -> Drafter:
-    target = engine_of(context.target, "medusa")
+    target = require_causal_lm(context.target, "medusa")
     place = find("medusa", "smollm2-135m-medusa", target, path)
     key = ("medusa", *version(place))
     heads = kept(target, key, lambda: load_medusa(place, target.hidden_size, target.vocab_size))
@@ -186,9 +186,9 @@ def _build(
         raise ValueError(f"choices must be one of {', '.join(CHOICES)}, got {choices!r}")
     if choices == "static" and not has_static:
         raise ValueError(f"the heads at {place} hold no measured choices or accuracies; use choices=dynamic")
-    chosen = choose_children(children, context.verifier.is_coupled, Shape())
+    chosen = choose_child_sampling(children, context.verifier.shares_target_noise, Shape())
     if chosen.is_drawn:
         if children is not None:
             raise ValueError(f"medusa's children are certain or coupled, got {children!r}: its heads draw no paths")
-        chosen = Children.CERTAIN
+        chosen = ChildSampling.CERTAIN
     return MedusaDrafter(heads, target, choices or ("static" if has_static else "dynamic"), chosen, top_k)

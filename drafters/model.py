@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from specdec.drafters.growth import Children, Growing, Shape, choose_children, grow
 from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder, choose_child_sampling, grow
+from specdec.engine.causal_lm import CausalLM
+from specdec.engine.replay import ReplayPool
+from specdec.engine.wrapped import described
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Target, Verdict
-from specdec.noise import Noise
-from specdec.replay import ReplayPool
+from specdec.rng import Rng
 from specdec.sampling import SamplingParams
-from specdec.target import CausalLM
 from specdec.tree import TokenTree
-from specdec.wrapped import described
 
 _PADDING = 0.01  # share of a vocabulary that may be padding
 
@@ -37,13 +37,13 @@ class ModelDrafter(Drafter):
 
     engine: CausalLM
     shape: Shape
-    children: Children = Children.CERTAIN
+    children: ChildSampling = ChildSampling.CERTAIN
     vocab_size: int | None = None  # the target's, where it differs in padding
     name: str = "model"
-    _growing: dict[Row, Growing | None] = field(default_factory=dict, init=False)
+    _builders: dict[Row, TreeBuilder | None] = field(default_factory=dict, init=False)
 
     @property
-    def is_costly(self) -> bool:
+    def drafts_by_level(self) -> bool:
         """Whether each level of a tree takes a pass of its own."""
         return True
 
@@ -55,18 +55,18 @@ class ModelDrafter(Drafter):
     def begin(self, rows: Sequence[Row]) -> None:
         known = [row for row in rows if self._can_read(row, row.tokens)]
         self.engine.open(known, may_outgrow=True)
-        self._growing.update((row, None) for row in known)
+        self._builders.update((row, None) for row in known)
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         self._drop_unreadable(rows)
         trees = []
         for row, limit in zip(rows, limits, strict=True):
-            here = noise.at(row.key, len(row.tokens))
-            trees.append(Growing(row, self._own_limit(row, limit), self.shape, self.children, params, here))
-            if row in self._growing:
-                self._growing[row] = trees[-1]
+            here = rng.at(row.key, len(row.tokens))
+            trees.append(TreeBuilder(row, self._own_limit(row, limit), self.shape, self.children, params, here))
+            if row in self._builders:
+                self._builders[row] = trees[-1]
             else:
                 trees[-1].frontier = []
         grow(self.engine, trees, self.vocab_size)
@@ -78,20 +78,20 @@ class ModelDrafter(Drafter):
         # A token that the draft model never saw is processed together with the next root.
         open_rows, paths = [], []
         for row, verdict in zip(rows, verdicts, strict=True):
-            if growing := self._growing.get(row):
+            if builders := self._builders.get(row):
                 open_rows.append(row)
-                paths.append(growing.scored_path(verdict.tokens[:-1]))
+                paths.append(builders.scored_path(verdict.tokens[:-1]))
         self.engine.commit(open_rows, paths)
 
     def end(self, rows: Sequence[Row]) -> None:
-        begun = [row for row in rows if row in self._growing]
+        begun = [row for row in rows if row in self._builders]
         for row in begun:
-            del self._growing[row]
+            del self._builders[row]
         self.engine.close(begun)
 
     def _drop_unreadable(self, rows: Sequence[Row]) -> None:
         """Leave rows alone that have become what the draft model cannot read."""
-        begun = (row for row in rows if row in self._growing)
+        begun = (row for row in rows if row in self._builders)
         self.end([row for row in begun if not self._can_read(row, row.tokens[-1 - row.num_new :])])
 
     def _can_read(self, row: Row, new_tokens: Sequence[int]) -> bool:
@@ -130,7 +130,7 @@ def _build(
     if min_confidence is None:
         min_confidence = 0.3 if shape == "chain" else 0.0
     form = Shape.parse(str(shape), top_k, num_tokens, min_confidence, nodes)
-    chosen = choose_children(children, context.verifier.is_coupled, form)
+    chosen = choose_child_sampling(children, context.verifier.shares_target_noise, form)
     takes_trees = not (context.target.chain_only or context.verifier.chain_only)  # else every shape gives a chain
     size = context.target.vocab_size
     parts = []

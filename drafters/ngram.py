@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from specdec.hit_counts import count_trial
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.noise import Noise
+from specdec.rng import Rng
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 
@@ -118,7 +118,7 @@ class NgramDrafter(Drafter):
             index.extend(row.tokens)
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         return [self._grow(self._indices[row], limit) for row, limit in zip(rows, limits, strict=True)]
 

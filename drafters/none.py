@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.noise import Noise
+from specdec.rng import Rng
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 
@@ -20,7 +20,7 @@ class NoDrafter(Drafter):
     def begin(self, rows: Sequence[Row]) -> None: ...
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         return [TokenTree.root(row.tokens[-1]) for row in rows]
 

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.drafters.shipped import SHIPPED, kept, shipped_fault, version
-from specdec.drafters.successors import (
+from specdec.drafters.heads.shipped import SHIPPED, kept, shipped_fault, version
+from specdec.drafters.lookup.successors import (
     NUM_CLASSES,
     TEXT_RATES,
     TYPICAL,
@@ -35,12 +35,12 @@ from specdec.drafters.successors import (
     classes_of,
     keys_of,
 )
-from specdec.files import write_file
+from specdec.engine.causal_lm import CausalLM
 from specdec.hit_counts import count_trial
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Target, Verdict
-from specdec.noise import Noise
+from specdec.records.files import write_file
+from specdec.rng import Rng
 from specdec.sampling import SamplingParams
-from specdec.target import CausalLM
 from specdec.tree import TokenTree
 
 _FORMAT = 2  # raise it when the layout of a file, the classes or the hash changes
@@ -146,7 +146,7 @@ class RecyclingDrafter(Drafter):
             self.table.read_text(row.tokens)
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         rates = self.rates.values(), self.start_rates.values()
         return [

@@ -15,7 +15,7 @@ from typing import Any
 
 from specdec.drafters.ngram import EscapeRates
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.noise import Noise
+from specdec.rng import Rng
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 
@@ -94,7 +94,7 @@ class SuffixDrafter(Drafter):
             self._own.start_request(self._ids[row], row.tokens)
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         trees = []
         for row, limit in zip(rows, limits, strict=True):

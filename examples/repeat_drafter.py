@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
-from specdec.noise import Noise
+from specdec.rng import Rng
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 
@@ -29,7 +29,7 @@ class RepeatDrafter(Drafter):
             self._learn(row, 0)
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         return [self._draft(row, limit) for row, limit in zip(rows, limits, strict=True)]
 

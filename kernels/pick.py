@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec.kernels.dispatch import choose
 from specdec.kernels.launch import C_TYPES, Backend, float32, int32, require
-from specdec.kernels.noise import NoiseKeys, target_gumbel
+from specdec.kernels.rng import RngKeys, target_gumbel
 
 FILE = "pick.cu"
 MAX_VOCAB = 1 << 24
@@ -72,7 +72,7 @@ def expressions(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def pick_rows(
-    logits: Tensor, filters: Filters = Filters(), noise: NoiseKeys | None = None, grammar: Grammar | None = None
+    logits: Tensor, filters: Filters = Filters(), rng: RngKeys | None = None, grammar: Grammar | None = None
 ) -> PickedRows:
     """Argmax, or with a temperature argmax(logits / T + Gumbel noise) over what top-k, top-p, min-p and the grammar keep.
 
@@ -87,36 +87,36 @@ def pick_rows(
     Raises:
         ValueError: shapes or dtypes that do not fit, or no noise.
     """
-    _check(logits, filters, noise, grammar)
+    _check(logits, filters, rng, grammar)
     backend = choose("pick_rows", logits.device)
     if backend is None:
-        return pick_rows_torch(logits, filters, noise, grammar)
-    return _launch(backend, logits, filters, noise, grammar)
+        return pick_rows_torch(logits, filters, rng, grammar)
+    return _launch(backend, logits, filters, rng, grammar)
 
 
-def _check(logits: Tensor, filters: Filters, noise: NoiseKeys | None, grammar: Grammar | None) -> None:
+def _check(logits: Tensor, filters: Filters, rng: RngKeys | None, grammar: Grammar | None) -> None:
     require("logits", logits, tuple(C_TYPES), (None, None), logits)
     rows, vocab = logits.shape
     if not 0 < vocab <= MAX_VOCAB or rows == 0:
         raise ValueError(f"logits need 1 or more rows and 1 to {MAX_VOCAB} tokens, got shape {tuple(logits.shape)}")
     if filters.temperature > 0:
-        if noise is None:
+        if rng is None:
             raise ValueError("a temperature above 0 needs noise keys")
-        check_noise(noise, rows, logits)
+        check_noise(rng, rows, logits)
     if grammar is not None:
         require("grammar.bits", grammar.bits, torch.int32, (None, (vocab + 31) // 32), logits)
         require("grammar.rows", grammar.rows, torch.int32, (rows,), logits)
 
 
-def check_noise(noise: NoiseKeys, rows: int, like: Tensor) -> None:
+def check_noise(rng: RngKeys, rows: int, like: Tensor) -> None:
     """Raises ValueError unless there is one key a row."""
-    require("noise.seed", noise.seed, torch.int64, (1,), like)
-    require("noise.rows", noise.rows, torch.int64, (rows,), like)
-    require("noise.positions", noise.positions, torch.int64, (rows,), like)
+    require("noise.seed", rng.seed, torch.int64, (1,), like)
+    require("noise.rows", rng.rows, torch.int64, (rows,), like)
+    require("noise.positions", rng.positions, torch.int64, (rows,), like)
 
 
 def _launch(
-    backend: Backend, logits: Tensor, filters: Filters, noise: NoiseKeys | None, grammar: Grammar | None
+    backend: Backend, logits: Tensor, filters: Filters, rng: RngKeys | None, grammar: Grammar | None
 ) -> PickedRows:
     rows, vocab = logits.shape
     filter_rows, pick_parts, pick = backend.load(FILE, expressions(logits.dtype))
@@ -132,7 +132,7 @@ def _launch(
     parts = backend.empty((rows, splits, 4), torch.float32, device)
     tokens = backend.empty((rows,), torch.int64, device)
     largest, lse = (backend.empty((rows,), torch.float32, device) for _ in range(2))
-    keys = (noise.seed, noise.rows, noise.positions) if noise and filters.temperature > 0 else (None, None, None)
+    keys = (rng.seed, rng.rows, rng.positions) if rng and filters.temperature > 0 else (None, None, None)
     inverse = float32(1 / filters.temperature if filters.temperature > 0 else 0.0)
     pick_parts((splits, rows), 256, (logits, *bits, bounds, lasts, *keys, parts, int32(vocab), int32(_PART), inverse))
     pick((rows,), 32, (parts, tokens, largest, lse, int32(splits)))
@@ -140,7 +140,7 @@ def _launch(
 
 
 def pick_rows_torch(
-    logits: Tensor, filters: Filters = Filters(), noise: NoiseKeys | None = None, grammar: Grammar | None = None
+    logits: Tensor, filters: Filters = Filters(), rng: RngKeys | None = None, grammar: Grammar | None = None
 ) -> PickedRows:
     """The twin of :func:`pick_rows`, in float64 and by sorting."""
     raw = allowed_logits(logits, grammar)
@@ -151,8 +151,8 @@ def pick_rows_torch(
     scaled = raw / filters.temperature if filters.temperature > 0 else raw
     scores = scaled
     if filters.temperature > 0:
-        assert noise is not None
-        scores = scaled + target_gumbel(noise, raw.shape[1])
+        assert rng is not None
+        scores = scaled + target_gumbel(rng, raw.shape[1])
     best = scores.max(-1)
     # Of equal scores the first one, which max() does not promise.
     first = torch.where(scores == best.values[:, None], _ids(scores), _ANY_TOKEN).amin(-1)

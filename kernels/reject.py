@@ -12,8 +12,8 @@ from torch import Tensor
 
 from specdec.kernels.dispatch import choose
 from specdec.kernels.launch import C_TYPES, Backend, float32, int32, require
-from specdec.kernels.noise import COIN, RESIDUAL, NoiseKeys, step_words
 from specdec.kernels.pick import Grammar, PickedRows, allowed_logits, check_noise, is_kept
+from specdec.kernels.rng import COIN, RESIDUAL, RngKeys, step_words
 from specdec.kernels.walk import Walked, check_tree
 
 FILE = "reject.cu"
@@ -46,7 +46,7 @@ def reject_tree(
     logits: Tensor,
     picked: PickedRows,
     tree: DraftTree,
-    noise: NoiseKeys,
+    rng: RngKeys,
     temperature: float,
     grammar: Grammar | None = None,
     max_path: int | None = None,
@@ -65,21 +65,21 @@ def reject_tree(
     Raises:
         ValueError: shapes or dtypes that do not fit, or temperature 0 (use ``walk_tree``).
     """
-    _check(logits, picked, tree, noise, temperature, grammar)
+    _check(logits, picked, tree, rng, temperature, grammar)
     limit = logits.shape[1] if max_path is None else max_path
     if limit < 1:
         raise ValueError(f"max_path must be at least 1, got {max_path}")
     backend = choose("reject_tree", logits.device)
     if backend is None:
-        return reject_tree_torch(logits, picked, tree, noise, temperature, grammar, limit)
-    return _launch(backend, logits, picked, tree, noise, temperature, grammar, limit)
+        return reject_tree_torch(logits, picked, tree, rng, temperature, grammar, limit)
+    return _launch(backend, logits, picked, tree, rng, temperature, grammar, limit)
 
 
 def _check(
     logits: Tensor,
     picked: PickedRows,
     tree: DraftTree,
-    noise: NoiseKeys,
+    rng: RngKeys,
     temperature: float,
     grammar: Grammar | None,
 ) -> None:
@@ -92,7 +92,7 @@ def _check(
     rows, nodes, vocab = logits.shape
     require("picked.tokens", picked.tokens, torch.int64, (rows * nodes,), logits)
     require("picked.lse", picked.lse, torch.float32, (rows * nodes,), logits)
-    check_noise(noise, rows, logits)
+    check_noise(rng, rows, logits)
     if tree.drafts is not None:
         require("sources", tree.drafts.sources, torch.int32, (rows, nodes), logits)
         require("draft probs", tree.drafts.probs, torch.float32, (rows, None, vocab), logits)
@@ -109,7 +109,7 @@ def _launch(
     logits: Tensor,
     picked: PickedRows,
     tree: DraftTree,
-    noise: NoiseKeys,
+    rng: RngKeys,
     temperature: float,
     grammar: Grammar | None,
     limit: int,
@@ -125,7 +125,7 @@ def _launch(
     num_drafts = drafts.probs.shape[1] if drafts else 0
     args = (
         *(logits, *bits, picked.lse, picked.bounds, picked.lasts, picked.tokens, tree.tokens, tree.parents, *drawn),
-        *(noise.seed, noise.rows, noise.positions, path, emitted, counts),
+        *(rng.seed, rng.rows, rng.positions, path, emitted, counts),
         *(int32(nodes), int32(num_drafts), int32(vocab), int32(limit), float32(1 / temperature)),
     )
     kernel((rows,), _threads(vocab), args)
@@ -141,7 +141,7 @@ def reject_tree_torch(
     logits: Tensor,
     picked: PickedRows,
     tree: DraftTree,
-    noise: NoiseKeys,
+    rng: RngKeys,
     temperature: float,
     grammar: Grammar | None,
     max_path: int,
@@ -154,7 +154,7 @@ def reject_tree_torch(
     emitted = torch.full((rows, max_path), -1, dtype=torch.int64)
     counts = torch.zeros(rows, dtype=torch.int32)
     for b in range(rows):
-        walk = _RowWalk(probs.view(rows, nodes, vocab)[b], picked.tokens.view(rows, nodes)[b], tree, noise, b)
+        walk = _RowWalk(probs.view(rows, nodes, vocab)[b], picked.tokens.view(rows, nodes)[b], tree, rng, b)
         visited, tokens = walk.run(max_path)
         path[b, : len(visited)] = torch.tensor(visited)
         emitted[b, : len(tokens)] = torch.tensor(tokens)
@@ -169,7 +169,7 @@ class _RowWalk:
     probs: Tensor  # (n, V)
     picked: Tensor  # (n,)
     tree: DraftTree
-    noise: NoiseKeys
+    rng: RngKeys
     row: int
 
     def run(self, max_path: int) -> tuple[list[int], list[int]]:
@@ -190,7 +190,7 @@ class _RowWalk:
         for order, child in enumerate(children):
             token, source = tokens[child], self._source(child)
             draft = drafts[source] if source in drafts else self._draft(source, token, len(left))
-            coin = (step_words(self.noise, self.row, COIN, depth, order)[0] + 0.5) * 2.0**-32
+            coin = (step_words(self.rng, self.row, COIN, depth, order)[0] + 0.5) * 2.0**-32
             if coin < float(left[token] / draft[token]):
                 return child, left
             rest = (left - draft).clamp(min=0)
@@ -211,7 +211,7 @@ class _RowWalk:
         )
 
     def _draw(self, left: Tensor, depth: int) -> int:
-        words = step_words(self.noise, self.row, RESIDUAL, depth, 0)
+        words = step_words(self.rng, self.row, RESIDUAL, depth, 0)
         uniform = (words[0] * 2.0**32 + words[1] + 0.5) * 2.0**-64
         reached = left.cumsum(-1)
         token = int(torch.searchsorted(reached, uniform * reached[-1], right=True))

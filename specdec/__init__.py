@@ -9,18 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdec.generation.wrapper import SpeculativeOutput, custom_generate, generate
     from specdec.hub.load import load_model, load_tokenizer
-    from specdec.metrics import Stats
+    from specdec.stats import Stats
     from specdec.tree import Draw, TokenTree
-    from specdec.wrapper import SpeculativeOutput, custom_generate, generate
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "generate": "specdec.wrapper",
-    "custom_generate": "specdec.wrapper",
-    "SpeculativeOutput": "specdec.wrapper",
-    "Stats": "specdec.metrics",
+    "generate": "specdec.generation.wrapper",
+    "custom_generate": "specdec.generation.wrapper",
+    "SpeculativeOutput": "specdec.generation.wrapper",
+    "Stats": "specdec.stats",
     "load_model": "specdec.hub.load",
     "load_tokenizer": "specdec.hub.load",
     "Draw": "specdec.tree",

@@ -15,10 +15,10 @@ from typing import Protocol
 
 from specdec.budget import Budget, FixedBudget
 from specdec.defaults import DEFAULT_MAX_NODES
-from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetProbs, Verdict, Verifier
-from specdec.noise import Noise
-from specdec.policy import Policy
+from specdec.distributions import LogitsTransform
+from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetDistributions, Verdict, Verifier
 from specdec.release import call_all
+from specdec.rng import Rng
 from specdec.tree import TokenTree
 
 
@@ -29,7 +29,7 @@ class Emission:
     step: Step
     row: Row
     tree: TokenTree
-    probs: TargetProbs
+    probs: TargetDistributions
     scores: Scores
 
 
@@ -37,7 +37,11 @@ class Decide(Protocol):
     """Decides on all rows of a pass."""
 
     def __call__(
-        self, rows: Sequence[Row], trees: Sequence[TokenTree], scores: Sequence[Scores], probs: Sequence[TargetProbs]
+        self,
+        rows: Sequence[Row],
+        trees: Sequence[TokenTree],
+        scores: Sequence[Scores],
+        probs: Sequence[TargetDistributions],
     ) -> list[Verdict]: ...
 
 
@@ -46,13 +50,17 @@ class RowByRow:
     """Asks the verifier about one row after another, on the host."""
 
     verifier: Verifier
-    noise: Noise
+    rng: Rng
 
     def __call__(
-        self, rows: Sequence[Row], trees: Sequence[TokenTree], scores: Sequence[Scores], probs: Sequence[TargetProbs]
+        self,
+        rows: Sequence[Row],
+        trees: Sequence[TokenTree],
+        scores: Sequence[Scores],
+        probs: Sequence[TargetDistributions],
     ) -> list[Verdict]:
         return [
-            self.verifier.verify(tree, p, self.noise.at(row.key, len(row.tokens)))
+            self.verifier.verify(tree, p, self.rng.at(row.key, len(row.tokens)))
             for row, tree, p in zip(rows, trees, probs, strict=True)
         ]
 
@@ -64,8 +72,8 @@ class Decoder:
     target: Target
     drafter: Drafter
     verifier: Verifier
-    policy: Policy
-    noise: Noise
+    logits_transform: LogitsTransform
+    rng: Rng
     stop: Callable[[Row], bool]  # asked after each emitted token
     budget: Budget = field(default_factory=lambda: FixedBudget(DEFAULT_MAX_NODES))
     clock: Callable[[], float] = time.perf_counter
@@ -106,14 +114,14 @@ class Decoder:
         """One pass for all rows: each emits at least one token."""
         started = self.clock()
         limits = self.budget.limits(rows, self.target.chain_only or self.verifier.chain_only)
-        proposed = self.drafter.propose(rows, limits, self.policy.params, self.noise)
+        proposed = self.drafter.propose(rows, limits, self.logits_transform.params, self.rng)
         _check_trees(rows, proposed, limits, self.target.vocab_size, self.drafter.name)
         trees = self.budget.cut(rows, proposed)
         drafted = self.clock()
         scores = self.target.score(rows, trees)
         scored = self.clock()
-        probs = [self.policy.target_probs(*each) for each in zip(rows, trees, scores, strict=True)]
-        decide = self.decide or RowByRow(self.verifier, self.noise)
+        probs = [self.logits_transform.target_probs(*each) for each in zip(rows, trees, scores, strict=True)]
+        decide = self.decide or RowByRow(self.verifier, self.rng)
         verdicts = decide(rows, trees, scores, probs)
         self.target.commit(rows, [verdict.nodes for verdict in verdicts])
         finished = [self._emit(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]

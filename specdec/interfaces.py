@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from specdec.noise import Noise, RowNoise
+from specdec.rng import Rng, RowRng
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
 
@@ -85,7 +85,7 @@ class Verdict:
         return len(self.nodes) - 1
 
 
-class TargetProbs(Protocol):
+class TargetDistributions(Protocol):
     """The target's next-token distribution at the nodes of one tree, after every processor and warper.
 
     Computed when asked for, because the verification walk visits at most depth + 1 nodes.
@@ -156,7 +156,7 @@ class ModelTarget(Target, Protocol):
 class Drafter(Protocol):
     """Proposes trees. State belongs to rows that were begun and not yet ended.
 
-    A drafter inherits from this class, which gives it the defaults of the traits ``is_costly`` and ``is_drawing`` and
+    A drafter inherits from this class, which gives it the defaults of the traits ``drafts_by_level`` and ``is_drawing`` and
     nothing else, or declares them itself.
     """
 
@@ -165,7 +165,7 @@ class Drafter(Protocol):
         """Its name in tables and traces."""
 
     @property
-    def is_costly(self) -> bool:
+    def drafts_by_level(self) -> bool:
         """Whether each level of a tree takes a pass of a network: a hybrid asks such a part last, and not always."""
         return False
 
@@ -178,7 +178,7 @@ class Drafter(Protocol):
         """Rows join with their prompts."""
 
     def propose(
-        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, noise: Noise
+        self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
     ) -> list[TokenTree]:
         """One tree for each row, rooted at the row's newest token and within its limit."""
 
@@ -219,7 +219,7 @@ class Verifier(Protocol):
         """Whether it takes chains only."""
 
     @property
-    def is_coupled(self) -> bool:
+    def shares_target_noise(self) -> bool:
         """Whether it decides by the noise of each position alone, which a drafter may share to be matched more often.
 
         Drafters then pick with certainty under that noise; for other verifiers they draw, and hand on from what.
@@ -239,7 +239,7 @@ class Verifier(Protocol):
     def batch_rule(self, params: SamplingParams) -> BatchRule | None:
         """The rule by which a device decides as ``verify`` does; None: under ``params`` only ``verify`` can."""
 
-    def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
+    def verify(self, tree: TokenTree, target: TargetDistributions, rng: RowRng) -> Verdict:
         """The accepted path and the tokens to emit."""
 
 

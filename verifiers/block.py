@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specdec.errors import InexactDraftError
-from specdec.interfaces import BatchRule, TargetProbs, Verdict
-from specdec.noise import RowNoise, Stream
+from specdec.interfaces import BatchRule, TargetDistributions, Verdict
+from specdec.rng import RowRng, Stream
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
-from specdec.verifiers.residual import DraftLeft, acceptance, normalised, subtract
-from specdec.verifiers.walk import check_draws, follow
+from specdec.verifiers.common.residual import SiblingDraftProbs, acceptance_ratio, normalised, subtract
+from specdec.verifiers.common.walk import check_draws, follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,14 @@ class BlockVerifier:
     name: str = "block"
     lossless: bool = True
     chain_only: bool = True
-    is_coupled: bool = False
+    shares_target_noise: bool = False
     looks_ahead: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule | None:
         return BatchRule.FOLLOW if params.is_greedy else None
 
-    def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
+    def verify(self, tree: TokenTree, target: TargetDistributions, rng: RowRng) -> Verdict:
         """Raises InexactDraftError for a tree with branches too."""
         check_draws(self, tree)
         if not tree.is_chain:
@@ -45,24 +45,26 @@ class BlockVerifier:
         kept, keep_prob = 0, 1.0
         emitted_from = target.probs(0)
         if num_drafted:
-            draft_probs = DraftLeft(tree).probs(1, emitted_from)
+            draft_probs = SiblingDraftProbs(tree).probs(1, emitted_from)
             emitted_from = normalised(subtract(emitted_from, draft_probs, tree.tokens[1]), emitted_from)
             here = target.probs(0)
         for i in range(1, num_drafted + 1):
             token = tree.tokens[i]
-            keep_prob = min(1.0, keep_prob * acceptance(float(here[token]), DraftLeft(tree).probs(i, here), token))
+            keep_prob = min(
+                1.0, keep_prob * acceptance_ratio(float(here[token]), SiblingDraftProbs(tree).probs(i, here), token)
+            )
             if keep_prob == 0.0:
                 break  # nothing behind a token that the target excludes can be kept
             here = target.probs(i)
             left, held = here, keep_prob
             if i < num_drafted:
-                draft_probs = DraftLeft(tree).probs(i + 1, here)
+                draft_probs = SiblingDraftProbs(tree).probs(i + 1, here)
                 left = subtract(keep_prob * here, draft_probs, tree.tokens[i + 1])
                 mass = float(left.sum())
                 held = mass / (mass + (1 - keep_prob)) if mass > 0 else 0.0
                 left = normalised(left, here)
-            if noise.coin(held, i - 1):
+            if rng.bernoulli(held, i - 1):
                 kept, emitted_from = i, left
         stream = Stream.TARGET if kept == num_drafted else Stream.RESIDUAL
-        last = noise.draw(emitted_from, kept, stream)
+        last = rng.draw(emitted_from, kept, stream)
         return Verdict(tuple(range(kept + 1)), (*tree.tokens[1 : kept + 1], last))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.interfaces import BatchRule, TargetProbs, Verdict
-from specdec.noise import RowNoise
+from specdec.interfaces import BatchRule, TargetDistributions, Verdict
+from specdec.rng import RowRng
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
-from specdec.verifiers.walk import follow
+from specdec.verifiers.common.walk import follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +24,14 @@ class MatchVerifier:
     name: str = "match"
     lossless: bool = True
     chain_only: bool = False
-    is_coupled: bool = True
+    shares_target_noise: bool = True
     looks_ahead: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule:
         return BatchRule.FOLLOW
 
-    def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
+    def verify(self, tree: TokenTree, target: TargetDistributions, rng: RowRng) -> Verdict:
         if target.is_greedy:
             return follow(tree, lambda node, _: target.best(node))
-        return follow(tree, lambda node, depth: noise.draw(target.probs(node), depth))
+        return follow(tree, lambda node, depth: rng.draw(target.probs(node), depth))

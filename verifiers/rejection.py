@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from specdec.interfaces import BatchRule, TargetProbs, Verdict
-from specdec.noise import RowNoise, Stream
+from specdec.interfaces import BatchRule, TargetDistributions, Verdict
+from specdec.rng import RowRng, Stream
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
-from specdec.verifiers.residual import DraftLeft, acceptance, normalised, subtract
-from specdec.verifiers.walk import check_draws, follow
+from specdec.verifiers.common.residual import SiblingDraftProbs, acceptance_ratio, normalised, subtract
+from specdec.verifiers.common.walk import check_draws, follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class RejectionVerifier:
     name: str = "rejection"
     lossless: bool = True
     chain_only: bool = False
-    is_coupled: bool = False
+    shares_target_noise: bool = False
     looks_ahead: bool = False
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule:
         return BatchRule.FOLLOW if params.is_greedy else BatchRule.REJECT
 
-    def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
+    def verify(self, tree: TokenTree, target: TargetDistributions, rng: RowRng) -> Verdict:
         check_draws(self, tree)
         if target.is_greedy:
             # p has all its mass on one token: that child is accepted for certain and no other ever is.
@@ -46,25 +46,25 @@ class RejectionVerifier:
         nodes, tokens = [0], list[int]()
         while True:
             below = children[nodes[-1]]
-            accepted, residual = _try_children(tree, below, target.probs(nodes[-1]), noise, len(tokens))
+            accepted, residual = _try_children(tree, below, target.probs(nodes[-1]), rng, len(tokens))
             if accepted is None:
                 # Without children the token is the target's own pick; after rejections it needs noise of its own.
-                tokens.append(noise.draw(residual, len(tokens), Stream.RESIDUAL if below else Stream.TARGET))
+                tokens.append(rng.draw(residual, len(tokens), Stream.RESIDUAL if below else Stream.TARGET))
                 return Verdict(tuple(nodes), tuple(tokens))
             nodes.append(accepted)
             tokens.append(tree.tokens[accepted])
 
 
 def _try_children(
-    tree: TokenTree, children: list[int], residual: Tensor, noise: RowNoise, depth: int
+    tree: TokenTree, children: list[int], residual: Tensor, rng: RowRng, depth: int
 ) -> tuple[int | None, Tensor]:
     """The first accepted child, or None and the distribution (V,) that is left after all rejections."""
-    draft = DraftLeft(tree)
+    draft = SiblingDraftProbs(tree)
     for order, child in enumerate(children):
         token = tree.tokens[child]
         draft_probs = draft.probs(child, residual)
         # The coin is compared with <, so that a token of probability 0 is never accepted.
-        if noise.coin(acceptance(float(residual[token]), draft_probs, token), depth, order):
+        if rng.bernoulli(acceptance_ratio(float(residual[token]), draft_probs, token), depth, order):
             return child, residual
         residual = normalised(subtract(residual, draft_probs, token), residual)
         draft.reject(child)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from specdec.interfaces import BatchRule, TargetProbs, Verdict
-from specdec.noise import RowNoise, Stream
+from specdec.interfaces import BatchRule, TargetDistributions, Verdict
+from specdec.rng import RowRng, Stream
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
-from specdec.verifiers.residual import DraftLeft, acceptance, normalised, subtract
-from specdec.verifiers.walk import check_draws, follow
+from specdec.verifiers.common.residual import SiblingDraftProbs, acceptance_ratio, normalised, subtract
+from specdec.verifiers.common.walk import check_draws, follow
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class _Visit:
     keep_prob: float  # of accepting the path that ends here
     residual: Tensor  # (V,) what the next token is emitted from if the path ends here
     waiting: list[int]  # children not yet rejected, in draw order
-    draft: DraftLeft
+    draft: SiblingDraftProbs
     had_children: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,37 +41,39 @@ class TraversalVerifier:
     name: str = "traversal"
     lossless: bool = True
     chain_only: bool = False
-    is_coupled: bool = False
+    shares_target_noise: bool = False
     looks_ahead: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule | None:
         return BatchRule.FOLLOW if params.is_greedy else None
 
-    def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
+    def verify(self, tree: TokenTree, target: TargetDistributions, rng: RowRng) -> Verdict:
         check_draws(self, tree)
         if target.is_greedy:
             return follow(tree, lambda node, _: target.best(node))
         children = tree.children()
-        path = [_Visit(0, 1.0, target.probs(0), list(children[0]), DraftLeft(tree))]
+        path = [_Visit(0, 1.0, target.probs(0), list(children[0]), SiblingDraftProbs(tree))]
         num_coins = 0
         while True:
             here = path[-1]
             if here.waiting:
                 child = here.waiting[0]
                 token = tree.tokens[child]
-                ratio = acceptance(float(here.residual[token]), here.draft.probs(child, here.residual), token)
+                ratio = acceptance_ratio(float(here.residual[token]), here.draft.probs(child, here.residual), token)
                 keep_prob = min(1.0, here.keep_prob * ratio)
                 if keep_prob > 0.0:
-                    path.append(_Visit(child, keep_prob, target.probs(child), list(children[child]), DraftLeft(tree)))
+                    path.append(
+                        _Visit(child, keep_prob, target.probs(child), list(children[child]), SiblingDraftProbs(tree))
+                    )
                 else:
                     _delete_first(here, tree)
                 continue
             num_coins += 1
-            if len(path) == 1 or noise.coin(here.keep_prob, 0, num_coins):
+            if len(path) == 1 or rng.bernoulli(here.keep_prob, 0, num_coins):
                 stream = Stream.RESIDUAL if here.had_children else Stream.TARGET
                 nodes = tuple(visit.node for visit in path)
-                last = noise.draw(here.residual, len(nodes) - 1, stream)
+                last = rng.draw(here.residual, len(nodes) - 1, stream)
                 return Verdict(nodes, (*(tree.tokens[n] for n in nodes[1:]), last))
             path.pop()
             _delete_first(path[-1], tree)

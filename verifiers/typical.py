@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from specdec.interfaces import BatchRule, TargetProbs, Verdict
-from specdec.noise import RowNoise
+from specdec.interfaces import BatchRule, TargetDistributions, Verdict
+from specdec.rng import RowRng
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
 
@@ -28,14 +28,14 @@ class TypicalVerifier:
     name: str = "typical"
     lossless: bool = False
     chain_only: bool = False
-    is_coupled: bool = True  # it asks for no draft distributions: drafters may pick as they like
+    shares_target_noise: bool = True  # it asks for no draft distributions: drafters may pick as they like
     looks_ahead: bool = True
     draws: frozenset[Draw] = frozenset(Draw)
 
     def batch_rule(self, params: SamplingParams) -> BatchRule | None:
         return None
 
-    def verify(self, tree: TokenTree, target: TargetProbs, noise: RowNoise) -> Verdict:
+    def verify(self, tree: TokenTree, target: TargetDistributions, rng: RowRng) -> Verdict:
         children = tree.children()
         depths = tree.depths()
         accepted, frontier = [0], [0]
@@ -51,5 +51,5 @@ class TypicalVerifier:
             frontier += typical
         best = max(accepted, key=lambda node: (depths[node], -node))
         nodes = tree.path(best)
-        last = noise.draw(target.probs(best), len(nodes) - 1)
+        last = rng.draw(target.probs(best), len(nodes) - 1)
         return Verdict(tuple(nodes), (*(tree.tokens[n] for n in nodes[1:]), last))

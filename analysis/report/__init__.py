@@ -14,7 +14,7 @@ from specdec.analysis.load import load
 from specdec.analysis.report import page
 from specdec.analysis.report.facts import Facts, facts_of_bench, facts_of_trace
 from specdec.analysis.results import Bench, Tune, is_result, load_result
-from specdec.trace import read_trace
+from specdec.records.trace import read_trace
 
 
 @dataclass(slots=True)

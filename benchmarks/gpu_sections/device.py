@@ -23,8 +23,17 @@ def ceilings(run: Run) -> None:
 
 def tests(run: Run) -> None:
     """The GPU tests, then the same below compute-sanitizer."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_gpu.py"]
-    graphs = "tests/test_captured.py::test_graphs_on_a_gpu_equal_ordinary_passes"
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/kernels/test_kernels_gpu.py",
+    ]
+    graphs = "tests/cuda/test_graphs.py::test_graphs_on_a_gpu_equal_ordinary_passes"
     command += ["-k", "moved"] if run.is_dry else [graphs]
     checkers = {
         "plain": [],

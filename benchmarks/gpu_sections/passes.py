@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from gpu_sections.timing import Run, Timed
-from specdec.captured import CapturedPasses, GraphPool, GraphRecorders, kernel_copy
+from specdec.cuda.graphs import GraphedPasses, GraphPool, GraphRecorders, kernel_copy
+from specdec.cuda.recording import Recorder, Rerun
+from specdec.engine.causal_lm import CausalLM
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import load_model
 from specdec.interfaces import Row
-from specdec.recording import Recorder, Rerun
-from specdec.target import CausalLM
 from specdec.tree import TokenTree
 
 LLAMA_8B = (128256, 4096, 14336, 32, 32, 8)
@@ -102,6 +102,6 @@ def captured_passes(run: Run) -> None:
 def report(run: Run, what: str, engine: CausalLM) -> None:
     """What the recordings cost, and whether anything was replayed at all."""
     found = engine.replay
-    assert isinstance(found, CapturedPasses)
+    assert isinstance(found, GraphedPasses)
     facts = {"recordings": found.num_recordings, "replays": found.num_replays, "noted": found.fault or "none failed"}
     run.add("captured", f"{what}: recording", seconds=round(found.record_s, 3), mb=found.num_bytes >> 20, **facts)

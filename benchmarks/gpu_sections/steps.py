@@ -6,9 +6,9 @@ import torch
 
 from gpu_sections.timing import Run, Timed
 from specdec.kernels.commit import KVBuffers, commit_kv, commit_kv_torch
-from specdec.kernels.noise import NoiseKeys
 from specdec.kernels.pick import Filters, pick_rows, pick_rows_torch
 from specdec.kernels.reject import DraftTree, reject_tree, reject_tree_torch
+from specdec.kernels.rng import RngKeys
 from specdec.kernels.walk import walk_tree, walk_tree_torch
 
 
@@ -18,17 +18,17 @@ def steps(run: Run) -> None:
     logits = run.randn(nodes, vocab) * 3
     ids = torch.arange(nodes, device=run.device)
     seed = torch.tensor([3], device=run.device)
-    noise, one = NoiseKeys(seed, ids, ids), NoiseKeys(seed, ids[:1], ids[:1])
+    rng, one = RngKeys(seed, ids, ids), RngKeys(seed, ids[:1], ids[:1])
     for name, filters in {"greedy": Filters(), "T=1": Filters(1.0), "top-p": Filters(1.0, top_p=0.9)}.items():
         methods: Timed = {
-            "ours": run.graphed(lambda f=filters: pick_rows(logits, f, noise)),
-            "torch": lambda f=filters: pick_rows_torch(logits, f, noise),
+            "ours": run.graphed(lambda f=filters: pick_rows(logits, f, rng)),
+            "torch": lambda f=filters: pick_rows_torch(logits, f, rng),
         }
         run.time("steps", f"pick {nodes} x {vocab}, {name}", methods)
     tokens = torch.randint(0, vocab, (1, nodes), device=run.device)
     parents = ((ids.int() - 1) // 2)[None].clone()
     parents[0, 0] = -1
-    picked = pick_rows(logits, Filters(1.0), noise)
+    picked = pick_rows(logits, Filters(1.0), rng)
     picks = picked.tokens.view(1, nodes)
     run.time(
         "steps",

@@ -99,7 +99,7 @@ class Run:
 
     def graphed(self, method: Callable[[], object]) -> Callable[[], object]:
         """``method`` as a replayed graph (on a CPU: itself)."""
-        from specdec.recording import CudaGraphs
+        from specdec.cuda.recording import CudaGraphs
 
         return CudaGraphs(torch.device("cuda", 0)).record(method).replay if self.device == "cuda" else method
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from gpu_sections.timing import Run
-from specdec.device_verdicts import verdicts_on_device
+from specdec.cuda.batch_verdicts import verdicts_on_device
+from specdec.distributions import WarperTransform
 from specdec.interfaces import Row, Scores, Verdict, Verifier
-from specdec.noise import PhiloxNoise
-from specdec.policy import ParamsPolicy
+from specdec.rng import PhiloxRng
 from specdec.sampling import GREEDY, SamplingParams
 from specdec.tree import Draw, TokenTree
 from specdec.verifiers.match import MatchVerifier
 from specdec.verifiers.rejection import RejectionVerifier
 
-NOISE = PhiloxNoise(7)
+NOISE = PhiloxRng(7)
 TOP_P = SamplingParams(top_p=0.9)
 WAYS: dict[str, tuple[Verifier, SamplingParams]] = {
     "greedy": (MatchVerifier(), GREEDY),
@@ -61,7 +61,7 @@ class Pass:
 
     def on_device(self, verifier: Verifier, params: SamplingParams) -> Callable[[], list[Verdict]]:
         def decide() -> list[Verdict]:
-            found = verdicts_on_device(verifier, ParamsPolicy(params), NOISE, self.rows, self.trees, self.scores)
+            found = verdicts_on_device(verifier, WarperTransform(params), NOISE, self.rows, self.trees, self.scores)
             if found is None:
                 raise RuntimeError("nothing is decided on the device here: no kernels can run")
             return found
@@ -69,9 +69,9 @@ class Pass:
         return decide
 
     def on_host(self, verifier: Verifier, params: SamplingParams) -> Callable[[], list[Verdict]]:
-        policy = ParamsPolicy(params)
+        logits_transform = WarperTransform(params)
         return lambda: [
-            verifier.verify(tree, policy.target_probs(row, tree, scores), NOISE.at(row.key, len(row.tokens)))
+            verifier.verify(tree, logits_transform.target_probs(row, tree, scores), NOISE.at(row.key, len(row.tokens)))
             for row, tree, scores in zip(self.rows, self.trees, self.scores, strict=True)
         ]
 

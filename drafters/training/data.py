@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from specdec.decode import Decoder
-from specdec.drafters.checkpoint_io import read_json
+from specdec.distributions import WarperTransform
+from specdec.drafters.heads.checkpoint_io import read_json
 from specdec.drafters.none import NoDrafter
-from specdec.files import write_json, write_text
-from specdec.interfaces import Row, Scores, Target, TargetProbs, Verifier
-from specdec.noise import PhiloxNoise
-from specdec.policy import ParamsPolicy
+from specdec.interfaces import Row, Scores, Target, TargetDistributions, Verifier
+from specdec.records.files import write_json, write_text
+from specdec.rng import PhiloxRng
 from specdec.sampling import GREEDY, SamplingParams
 from specdec.tree import TokenTree
 
@@ -175,8 +175,8 @@ class _RowPolicy:
     by_key: dict[int, SamplingParams] = field(default_factory=dict)
     params: SamplingParams = GREEDY  # what a drafter should imitate; there is none
 
-    def target_probs(self, row: Row, tree: TokenTree, scores: Scores) -> TargetProbs:
-        return ParamsPolicy(self.by_key[row.key]).target_probs(row, tree, scores)
+    def target_probs(self, row: Row, tree: TokenTree, scores: Scores) -> TargetDistributions:
+        return WarperTransform(self.by_key[row.key]).target_probs(row, tree, scores)
 
 
 class _Queue(Iterator[Row]):
@@ -217,7 +217,7 @@ class Generator:
         """Make what is missing in ``folder``, and yield each conversation once it is on disk."""
         queue = _Queue(map(self._start, folder.missing()))
         decoder = Decoder(
-            self.target, NoDrafter(), self.verifier, self._policy, PhiloxNoise(self.settings.seed), self._stops
+            self.target, NoDrafter(), self.verifier, self._policy, PhiloxRng(self.settings.seed), self._stops
         )
         with folder.append() as file:
             for emission in decoder.run(queue, self.batch_size):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.capture import decoder_layers
 from specdec.drafters.training.outcome import Batch, Outcome
+from specdec.engine.hidden_states import decoder_layers
 
 
 def pruned(model: Any, num_layers: int) -> Any:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.capture import decoder_layers
-from specdec.drafters.eagle_cell import EagleCell
+from specdec.drafters.heads.eagle_cell import EagleCell
 from specdec.drafters.training.outcome import Batch, Outcome
 from specdec.drafters.training.targets import SoftTargets
+from specdec.engine.hidden_states import decoder_layers
 
 DECAY = 0.8
 _LARGE = 2.0**10

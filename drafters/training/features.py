@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specdec.capture import Capture
-from specdec.drafters.checkpoint_io import read_json
-from specdec.drafters.shipped import mismatch, target_facts
+from specdec.drafters.heads.checkpoint_io import read_json
+from specdec.drafters.heads.shipped import mismatch, target_facts
 from specdec.drafters.training.data import Conversation
+from specdec.engine.hidden_states import HiddenStateHooks
 from specdec.errors import CheckpointError
-from specdec.files import write_file, write_json
+from specdec.records.files import write_file, write_json
 
 TOP = 64
 SHARD = 64  # conversations
@@ -165,7 +165,7 @@ class FeatureStore:
         width = max(map(len, texts))
         device = model.get_input_embeddings().weight.device
         ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-        with Capture(model, hidden=True, layers=tuple(dict.fromkeys(self.layers))) as capture:
+        with HiddenStateHooks(model, hidden=True, layers=tuple(dict.fromkeys(self.layers))) as capture:
             logits = model(input_ids=ids, use_cache=False).logits
             captured = capture.take(width)
         assert captured.hidden is not None

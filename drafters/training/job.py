@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters import format_drafter
-from specdec.drafters.checkpoint_io import check_vocab, read_json
-from specdec.drafters.eagle_cell import EagleCell, FeatureCell
-from specdec.drafters.eagle_config import EagleConfig
-from specdec.drafters.eagle_engine import head_layers, share_output
-from specdec.drafters.eagle_format import load_eagle, save_eagle
-from specdec.drafters.medusa_heads import MedusaHeads, load_medusa, save_medusa
-from specdec.drafters.shipped import target_facts
+from specdec.drafters.heads.checkpoint_io import check_vocab, read_json
+from specdec.drafters.heads.eagle_cell import EagleCell, FeatureCell
+from specdec.drafters.heads.eagle_config import EagleConfig
+from specdec.drafters.heads.eagle_engine import head_layers, share_output
+from specdec.drafters.heads.eagle_format import load_eagle, save_eagle
+from specdec.drafters.heads.medusa_heads import MedusaHeads, load_medusa, save_medusa
+from specdec.drafters.heads.shipped import target_facts
 from specdec.drafters.training.batches import Split, text_batches
 from specdec.drafters.training.draft import DraftTraining, pruned
 from specdec.drafters.training.eagle import EagleTraining, warm_start
@@ -28,8 +28,8 @@ from specdec.drafters.training.medusa import MedusaTraining
 from specdec.drafters.training.successors import gather, judge
 from specdec.drafters.training.vocabulary import choose_vocabulary
 from specdec.errors import CheckpointError
-from specdec.files import write_json, write_text
 from specdec.hub.load import load_model
+from specdec.records.files import write_json, write_text
 
 _VOCABULARY = "draft_vocab.json"
 KINDS = ("medusa", "eagle", "draft", "recycling")

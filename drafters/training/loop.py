@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters.checkpoint_io import check_tensors, read_plain
+from specdec.drafters.heads.checkpoint_io import check_tensors, read_plain
 from specdec.drafters.training.outcome import Batch, Batches, Meter, Outcome
 from specdec.errors import CheckpointError
-from specdec.files import write_file
+from specdec.records.files import write_file
 
 _STATE = "state.pt"
 _LOG = "log.jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters.medusa_heads import MedusaHeads
+from specdec.drafters.heads.medusa_heads import MedusaHeads
 from specdec.drafters.training.outcome import Batch, Outcome
 from specdec.drafters.training.targets import SoftTargets
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.drafters.successors import Order, StartTable, keys_of
+from specdec.drafters.lookup.successors import Order, StartTable, keys_of
 from specdec.drafters.training.features import FeatureStore
 from specdec.drafters.training.outcome import RANKS
 

@@ -17,7 +17,7 @@ from specdec.errors import CheckpointError, ModelUnavailableError
 from specdec.hub.catalog import DEFAULT_MODEL, known_models
 from specdec.hub.fetch import Progress, fetch_model
 from specdec.hub.quiet import quiet
-from specdec.weight_index import file_inside, read_index, weight_files
+from specdec.records.weight_index import file_inside, read_index, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +182,7 @@ def _check_named_files(source: Path | str, config: Any, revision: str | None, lo
     """Refuse weights that a config or an index names outside their folder: transformers would read them.
 
     Raises:
-        CheckpointError: see :mod:`specdec.weight_index`.
+        CheckpointError: see :mod:`specdec.records.weight_index`.
     """
     from transformers.utils import cached_file
 

@@ -1,0 +1,1 @@
+"""Tables of what followed what, for drafters that run no network."""

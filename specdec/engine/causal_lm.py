@@ -1,0 +1,337 @@
+"""An unmodified transformers causal LM as a Target: all rows and all tree nodes in one forward pass.
+
+A row's tokens that the cache lacks ("pending": the whole prompt at first) are processed in the same pass as the tree
+behind them. Columns of a pass are aligned at the right, so that the last columns are the trees'; slots of the cache
+are aligned at the left, without holes. Letters: B rows, T columns, n nodes, p pending tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.engine.cache import Move, RaggedCache
+from specdec.engine.hidden_states import HiddenStateHooks, joined
+from specdec.engine.masks import MaskStyle
+from specdec.engine.model_state import ModelState
+from specdec.engine.offload import input_device
+from specdec.engine.passes import CacheRows, RowPass, in_lockstep, in_order, mask_plan, pass_slots
+from specdec.engine.probe import Support, inspect_model, probe
+from specdec.engine.replay import Replay, ReplayPool
+from specdec.engine.wrapped import model_inside, takes
+from specdec.errors import UnsupportedModelError
+from specdec.interfaces import Row, Scores
+from specdec.tree import TokenTree
+
+PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
+
+
+class CausalLM:
+    """A transformers causal LM as a target (or as the model behind a drafter).
+
+    Args:
+        model: any ``PreTrainedModel`` with a language-model head, or a module that wraps one (an adapter, a compiled
+            module); it stays unmodified.
+        capture_hidden: also return the input of the output matrix for each new token (see ``request``).
+        feature_layers: also return these entries of ``hidden_states`` (0 = embeddings), side by side.
+        replays: where recorded passes come from (``specdec.cuda.graphs.graph_pool``); None: nothing is recorded. They
+            and the cache stay for the next engine on ``model`` once all rows are closed.
+        clock: seconds; the time spent inside the model is added up in ``model_s``.
+
+    Raises:
+        UnsupportedModelError: the model keeps a recurrent state, is an encoder-decoder, or fails the probe.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        capture_hidden: bool = False,
+        feature_layers: Sequence[int] = (),
+        replays: ReplayPool | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.module = model  # what runs
+        self.model = model = model_inside(model)
+        self.model_s = 0.0
+        self.num_passes = 0
+        self.support: Support = inspect_model(self.module)
+        head = model.get_output_embeddings()
+        self.vocab_size: int = getattr(head, "out_features", None) or head.weight.shape[0]
+        self.device: torch.device = input_device(model)
+        self._clock = clock
+        self._config = model.config.get_text_config()
+        self.hidden_size: int = self._config.hidden_size
+        self._cache_rows = CacheRows()
+        self._cache = self._new_cache()
+        self.replays: ReplayPool | None = None  # the probe takes the ordinary path
+        self.replay: Replay | None = None
+        self._takes_keep = takes(self.module, "logits_to_keep")
+        self._capture = HiddenStateHooks(model, capture_hidden, tuple(feature_layers))
+        self._built_for = self._settings()
+        # Once for each model object: generate() builds a CausalLM at every call.
+        key = ("support", *self._built_for.values(), self.support)
+        self.support = ModelState.of(self.module).keep(key, self._probe)
+        self.replays = replays
+
+    def request(self, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
+        """Return these hidden states, too, with every pass from now on; what was asked for earlier stays.
+
+        Raises:
+            ValueError: the model has no such layers.
+        """
+        self._capture = self._capture.including(hidden, layers)
+
+    def features(self, scores: Scores, layers: Sequence[int]) -> Tensor:
+        """(p + n, F) the requested ``layers`` of ``scores`` side by side, whatever others have requested.
+
+        Raises:
+            ValueError: they were not asked for, or another engine made ``scores``.
+        """
+        return self._capture.pick(scores.features, layers)
+
+    def hidden(self, scores: Scores) -> Tensor:
+        """(p + n, H) the requested input of the output matrix.
+
+        Raises:
+            ValueError: it was not asked for, or another engine made ``scores``.
+        """
+        if scores.hidden is None:
+            raise ValueError(
+                "the last hidden states were not asked for; a drafter must be built with the engine that runs"
+            )
+        return scores.hidden
+
+    @property
+    def chain_only(self) -> bool:
+        """Whether only chains can be verified (see ``support.reason``)."""
+        return not self.support.can_tree
+
+    @property
+    def context_length(self) -> int | None:
+        """The positions that the model has, or was made for; None if its config does not say."""
+        limits = (self.support.max_positions, getattr(self._config, "max_position_embeddings", None))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def open(self, rows: Sequence[Row], *, may_outgrow: bool = False) -> None:
+        """Give each row a line of the cache.
+
+        With ``may_outgrow`` a row may end behind the model's last position: the caller closes it before.
+
+        Raises:
+            ValueError: an empty prompt, ids outside the vocabulary, or more positions than the model has.
+        """
+        for row in rows:
+            self._check(row, may_outgrow)
+        style = self.support.style
+        if self.replays and style and not len(self._cache_rows) and not self.chain_only:
+            self._cache, self.replay = self.replays.borrow(style, self._new_cache)
+        self._cache_rows.open(rows, self._cache)
+
+    def score(
+        self, rows: Sequence[Row], trees: Sequence[TokenTree], num_scored: Sequence[int] | None = None
+    ) -> list[Scores]:
+        """Logits of every node of each row's tree, in one forward pass.
+
+        ``num_scored`` says how many leading nodes of each tree an earlier call has scored since the last commit: only
+        the nodes after them are processed and returned (how a drafter grows a tree level by level).
+
+        Raises:
+            ValueError: the model's attention, mode, dtype or device is not what it was when the engine was built.
+        """
+        self._check_settings()
+        scored = num_scored or [0] * len(rows)
+        row_passes: list[RowPass] = []
+        earlier: list[list[Scores]] = []
+        for row, tree, done in zip(rows, trees, scored, strict=True):
+            cache_row = self._cache_rows[row]
+            pending = [] if done else row.tokens[cache_row.length : -1]
+            chunks = self._prefill(row, pending)
+            earlier.append(chunks)
+            compact, cache_row.nodes = tree.compact()
+            num_done = len(set(cache_row.nodes[:done]))
+            row_passes.append(RowPass(cache_row, pending[len(chunks) * PREFILL_CHUNK :], compact, num_done))
+        results: list[Scores | None] = [None] * len(row_passes)
+        for group in self._groups(row_passes):
+            for i, scores in zip(group, self._forward([row_passes[i] for i in group]), strict=True):
+                results[i] = joined([*earlier[i], scores])
+        for row_pass in row_passes:
+            row_pass.cache_row.length = row_pass.base
+        return [
+            expanded(r, row_pass.cache_row.nodes[done:], row_pass.num_scored)
+            for r, row_pass, done in zip(results, row_passes, scored, strict=True)
+            if r is not None
+        ]
+
+    def commit(self, rows: Sequence[Row], paths: Sequence[Sequence[int]]) -> None:
+        """Keep the slots of the nodes ``paths`` (root first); they become the rows' next slots."""
+        moves = []
+        for row, path in zip(rows, paths, strict=True):
+            cache_row = self._cache_rows[row]
+            path = [cache_row.nodes[node] for node in path]
+            if path != list(range(len(path))):
+                moves.append(Move(cache_row.index, cache_row.length, path))
+            cache_row.length += len(path)
+        self._cache.move_slots(moves)
+
+    def close(self, rows: Sequence[Row]) -> None:
+        """Free the lines of ``rows``; rows that were never opened are ignored."""
+        self._cache_rows.close([row for row in rows if row in self._cache_rows], self._cache)
+        if self.replays and self.replay and rows and not len(self._cache_rows):
+            self.replays.give_back(self._cache, self.replay)
+            self._cache = self._new_cache()
+
+    def reset(self) -> None:
+        """Forget all rows and free the cache."""
+        self._cache_rows = CacheRows()
+        self._cache, self.replay = self._new_cache(), None
+
+    def _probe(self) -> Support:
+        """Try what the config promises, so that no model can be wrong in silence."""
+        module, support = self.module, self.support
+        fault = probe(self, support.can_tree)
+        if fault and support.can_tree:
+            support = self.support = replace(support, can_tree=False, reason=fault)
+            fault = probe(self, branching=False)
+        if fault:
+            hint = ""
+            if self.model.training:
+                hint = "; it is in training mode: call model.eval() before"
+            elif module is not self.model:
+                hint = f"; if the {type(self.model).__name__} inside can be, use that, or merge what wraps it"
+            raise UnsupportedModelError(f"{type(module).__name__} cannot be verified: {fault}{hint}")
+        self.model_s, self.num_passes = 0.0, 0
+        return support
+
+    def _settings(self) -> dict[str, Any]:
+        """What the probe's answer depends on and a caller can change."""
+        weight = self.model.get_input_embeddings().weight
+        attention = self._config._attn_implementation
+        device = self.device if weight.is_meta else weight.device  # an offloaded one is loaded where it was before
+        return {"attention": attention, "training": self.model.training, "dtype": weight.dtype, "device": device}
+
+    def _check_settings(self) -> None:
+        now, then = self._settings(), self._built_for
+        if now != then:
+            changed = ", ".join(f"{key} {now[key]!r} instead of {then[key]!r}" for key in now if now[key] != then[key])
+            raise ValueError(
+                f"the model was changed after its engine was built ({changed}); set it back, or build another engine"
+            )
+
+    def _new_cache(self) -> RaggedCache:
+        return RaggedCache(self._config.num_hidden_layers)
+
+    def _check(self, row: Row, may_outgrow: bool) -> None:
+        if not row.tokens:
+            raise ValueError("a row needs at least one prompt token, got an empty prompt")
+        worst = max(max(row.tokens), -min(row.tokens))
+        if min(row.tokens) < 0 or worst >= self.vocab_size:
+            raise ValueError(
+                f"token ids must be in [0, {self.vocab_size}) (the model's vocabulary), got {min(row.tokens)} to {max(row.tokens)}"
+            )
+        limit = self.support.max_positions
+        needed = max(row.num_prompt, row.max_tokens - 1)  # the last token is never read
+        if limit is not None and needed > limit and not may_outgrow:
+            room = limit + 1 - row.num_prompt
+            advice = f"or ask for at most {room} new tokens" if room > 0 else f"to {limit} or fewer"
+            raise ValueError(
+                f"prompt and new tokens, without the last one, need {needed} positions, but {self.support.limit_reason} "
+                f"{limit}; shorten the prompt ({row.num_prompt} tokens) {advice}"
+            )
+
+    def _groups(self, row_passes: Sequence[RowPass]) -> list[list[int]]:
+        """Which parts share a forward pass, each in the order of the cache's lines."""
+        return [[i] for i in in_order(row_passes)] if self.chain_only else self._cache_rows.groups(row_passes)
+
+    def _prefill(self, row: Row, pending: list[int]) -> list[Scores]:
+        """Process what a long prompt has beyond one chunk, chunk by chunk."""
+        cache_row = self._cache_rows[row]
+        chunks = []
+        for first in range(0, len(pending) - PREFILL_CHUNK, PREFILL_CHUNK):
+            row_pass = RowPass(cache_row, pending[first : first + PREFILL_CHUNK], None, 0)
+            chunks += self._forward([row_pass])
+            cache_row.length = row_pass.base
+        return chunks
+
+    def _forward(self, row_passes: Sequence[RowPass]) -> list[Scores]:
+        """One forward pass over parts that stand in neighbouring lines of the cache."""
+        if self.replay is None:
+            return self._run(row_passes)
+        started = self._clock()
+        replayed = self.replay.score(self.module, row_passes, self._cache, self._capture)
+        if replayed is None:
+            return self._run(row_passes)
+        self.model_s += self._clock() - started
+        self.num_passes += 1
+        if self.replay.needs_check:
+            ordinary = self._run(row_passes)
+            self.replay.check(replayed, ordinary)
+            return ordinary
+        return replayed
+
+    @torch.no_grad()
+    def _run(self, row_passes: Sequence[RowPass]) -> list[Scores]:
+        """The ordinary path: whatever the model, the parts and the device."""
+        columns = [row_pass.new_tokens for row_pass in row_passes]
+        num_columns = max(map(len, columns))
+        input_ids = torch.tensor([[0] * (num_columns - len(c)) + c for c in columns], device=self.device)
+        is_plain = self._is_plain(row_passes)
+        start = max(row_pass.start for row_pass in row_passes)
+        width = start + num_columns
+        is_dense = is_plain or len(row_passes) == 1  # a row alone fills its slots in order
+        slots = None if is_dense else pass_slots(row_passes, num_columns).to(self.device)
+        self._cache.begin_pass(row_passes[0].cache_row.index, start, width, slots)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "past_key_values": self._cache.past_key_values,
+            "use_cache": True,
+        }
+        if not self.chain_only:
+            style, plan = self.support.style, mask_plan(row_passes, num_columns, width, self.device)
+            assert isinstance(style, MaskStyle)
+            inputs["position_ids"] = plan.positions
+            if not is_plain:
+                inputs["attention_mask"] = style.build(plan)
+        num_nodes = [len(row_pass.tree) - row_pass.num_scored if row_pass.tree else 0 for row_pass in row_passes]
+        num_kept = max(1, *num_nodes)
+        if self._takes_keep and num_kept < num_columns and not self._capture.needs_all_logits:
+            # Given a number, Gemma 4 drops the other columns in the middle of the model.
+            kept = torch.arange(num_columns - num_kept, num_columns, device=self.device)
+            inputs["logits_to_keep"] = kept if self._capture.is_active else num_kept
+        started = self._clock()
+        with self._capture:
+            logits: Tensor = self.module(**inputs).logits
+            captured = self._capture.take(num_columns)
+        self.model_s += self._clock() - started
+        self.num_passes += 1
+        return [captured.scores(logits[b], len(columns[b]), num_nodes[b], b) for b in range(len(row_passes))]
+
+    def _is_plain(self, row_passes: Sequence[RowPass]) -> bool:
+        """Whether the model's own causal mask is right: chains in lockstep."""
+        if self.chain_only:
+            if not all(row_pass.tree is None or row_pass.tree.is_chain for row_pass in row_passes):
+                raise ValueError(f"this model can verify chains only ({self.support.reason}); got a tree with branches")
+            return True
+        return in_lockstep(row_passes)
+
+
+def expanded(scores: Scores, nodes: Sequence[int], num_scored: int) -> Scores:
+    """``scores`` of united nodes for every node: ``nodes`` says which of them, ``num_scored`` are not in ``scores``."""
+    new = [node - num_scored for node in nodes]
+    count = scores.logits.shape[0]
+    if new == list(range(count)):
+        return scores
+    index = torch.tensor(new, device=scores.logits.device)
+    if min(new, default=0) < 0:
+        raise ValueError("a node that repeats an elder sibling must be scored together with it")
+
+    def behind(states: Tensor | None) -> Tensor | None:
+        # Prompt tokens stand before the nodes.
+        return None if states is None else torch.cat([states[:-count], states[-count:][index.to(states.device)]])
+
+    return Scores(scores.logits[index], behind(scores.hidden), behind(scores.features))

@@ -1,0 +1,1 @@
+"""``generate()`` with speculation, through transformers' own hook."""

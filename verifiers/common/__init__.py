@@ -1,0 +1,1 @@
+"""What verification rules share."""
