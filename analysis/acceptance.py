@@ -198,11 +198,6 @@ def token_class(text: str) -> str:
     return "punctuation" if all(each in string.punctuation or not each.isalnum() for each in word) else "other"
 
 
-def expected_length(rate: float, length: int) -> float:
-    """Tokens a pass brings if every token of a chain is accepted with the same ``rate`` (Leviathan et al. 2023)."""
-    return float(length + 1) if rate == 1 else (1 - rate ** (length + 1)) / (1 - rate)
-
-
 def _binned(trace: Trace, value: Callable[[Attempts], Floats], edges: Sequence[float]) -> list[Rate]:
     found = attempts(trace)
     values = value(found)

@@ -29,7 +29,6 @@ from gpu_sections.text import end_to_end
 from gpu_sections.timing import Run
 from gpu_sections.verdicts import verdicts
 
-from specdec.kernels import simulator
 from specdec.records.files import write_json
 from specdec.records.provenance import collect
 
@@ -43,6 +42,16 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "captured": captured_passes,
     "end_to_end": end_to_end,
 }
+
+
+def simulate() -> None:
+    """Run kernels through the simulator of the tests if there is a g++, else their torch twins."""
+    # A dry run tries this script, not the kernels: it may use what the tests use. On a GPU nothing of it is imported.
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+    import simulator
+
+    if not simulator.unavailable():
+        os.environ.setdefault("SPECDEC_KERNELS", "sim")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -69,8 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     if not given.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --dry-run tries every section on a CPU")
-    if given.dry_run and not simulator.unavailable():
-        os.environ.setdefault("SPECDEC_KERNELS", "sim")
+    if given.dry_run:
+        simulate()
     torch.manual_seed(0)
     run = Run("cpu" if given.dry_run else "cuda", given.dry_run, 1 if given.dry_run else given.rounds, sizes)
     settings = {"sections": given.sections, "rounds": run.rounds, "dry_run": run.is_dry, "sizes": sizes}

@@ -66,6 +66,7 @@ def bench(
 
     In one process, prompt by prompt in turn: generate(), its prompt lookup (and assisted generation, with a draft
     model), our own loop without drafts, and each drafter. Status 1 if tokens differ for another reason than rounding.
+    All decode from the model's own distribution: of its saved generation_config.json only the ends of a text hold.
     """
     if trace_probs and trace is None:
         raise ValueError("--trace-probs writes to the trace: add --trace FILE.jsonl")

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from specdec.cli.measure import (
 from specdec.cli.options import read_config, set_threads, warn_config
 from specdec.cli.progress import Tell
 from specdec.cli.results import BenchConfig, Group, Question, Results, Turn
+from specdec.cli.saved import silent_transformers
 from specdec.cli.synthetic import SYNTHETIC, synthetic_pair
 from specdec.defaults import DEFAULT_VERIFIER
 from specdec.drafters import make_drafter, parse_drafter
@@ -75,23 +76,10 @@ def run_bench(
     bench = _Bench(config, loaded, results, tell or (lambda _done, _total, _what: None))
     questions = [Question(number, prompt) for number, prompt in enumerate(prompts)]
     with ExitStack() as stack:
-        stack.enter_context(_silent_transformers())
+        stack.enter_context(silent_transformers())
         trace = stack.enter_context(TraceWriter(config.trace, results.provenance)) if config.trace else None
         bench.measure(questions, trace)
     return results
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Assisted generation warns of its own nested calls; that is nothing a reader of the table can mend."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[list[Method], list[dict[str, str]]]:

@@ -20,8 +20,7 @@ _OPTIONAL = {
     "accelerate": ("loading straight onto a GPU", "pip install accelerate"),
 }
 _TOOLS = {
-    "g++": "a C++ compiler, for torch.compile and for testing kernels on a CPU",
-    "nvcc": "the CUDA compiler, for tests that compile the kernels",
+    "g++": "a C++ compiler, for torch.compile",
 }
 
 
@@ -121,8 +120,7 @@ def _first_line_with_version(tool: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "found, but does not run"
     lines = [line.strip() for line in told.stdout.splitlines() if any(c.isdigit() for c in line)]
-    named = [line for line in lines if "release" in line] or lines
-    return named[0] if named else "found"
+    return lines[0] if lines else "found"
 
 
 def _models() -> Iterator[str]:

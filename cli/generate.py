@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
@@ -15,8 +17,8 @@ from specdec.hub.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from specdec.cli.loading import Loaded
-    from specdec.decode import Decoder, Emission
-    from specdec.interfaces import Row
+    from specdec.decode import Emission
+    from specdec.interfaces import Verifier
     from specdec.stats import Stats
 
 EXAMPLE = 'Example: specdec generate "Write a haiku about trees." --temperature 0.7 --seed 1'
@@ -36,12 +38,20 @@ def generate(
     drafter_model: options.DrafterModel = None,
     verifier: options.Verifier = DEFAULT_VERIFIER,
     max_new_tokens: options.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
-    temperature: options.Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(metavar="N", help="Sample from the N most probable tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(metavar="X", help="Sample from the most probable mass X.")] = 1.0,
+    temperature: options.OwnTemperature = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Sample from the N most probable tokens; 0: all. Default: as saved, or 50."),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="X", help="Sample from the most probable mass X. Default: as saved, or all.")
+    ] = None,
     min_p: Annotated[
-        float, typer.Option(metavar="X", help="Drop tokens less probable than X times the most probable.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            metavar="X", help="Drop tokens less probable than X times the most probable. Default: as saved, or 0."
+        ),
+    ] = None,
     seed: options.Seed = 0,
     max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
     adaptive: options.Adaptive = True,
@@ -51,6 +61,13 @@ def generate(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
+    generation_config: Annotated[
+        bool,
+        typer.Option(
+            "--generation-config/--no-generation-config",
+            help="Decode as the model's saved generation_config.json says; or from its own distribution, but for the ends.",
+        ),
+    ] = True,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the prompt.")] = None,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template if it has one.")] = True,
     explain: Annotated[bool, typer.Option("--explain", help="Print each step's tree with its accepted path.")] = False,
@@ -59,6 +76,9 @@ def generate(
     ] = False,
 ) -> None:
     """Answer PROMPT, streaming the text as it is generated.
+
+    The text is that of transformers' generate(): what the model's saved generation_config.json asks for holds (penalties,
+    bans, sampling, ends), and the options given here replace its values.
 
     On a terminal, tokens that were drafted and accepted are green (underlined where there is no colour) and the
     target's own are plain. A line on standard error sums up at the end. --explain and --live show how it came about.
@@ -73,29 +93,57 @@ def generate(
     if explain and live:
         raise ValueError("--explain prints every step and --live redraws one: choose one of them")
     options.set_threads(threads)
-    from specdec.budget import make_budget
     from specdec.cli.loading import check_prompt, load
-    from specdec.drafters import parse_drafter
-    from specdec.interfaces import Row
-    from specdec.rng import PhiloxRng
-    from specdec.sampling import SamplingParams
-    from specdec.verifiers import make_verifier
+    from specdec.cli.saved import sampling_options
 
     tuned = options.read_config(config)
     if tuned is not None:
         entry = tuned.nearest(1)
         drafter, max_nodes, adaptive = entry.drafter, entry.max_nodes, entry.adaptive
-    budget = make_budget(max_nodes, adaptive, tuned.costs() if tuned else None)
-    params, rng = SamplingParams(temperature, top_k, top_p, min_p), PhiloxRng(seed)
-    parse_drafter(drafter)
-    rule = make_verifier(verifier)
+    sampling = sampling_options(temperature, top_k, top_p, min_p, is_saved=generation_config)
+    rule = _check(drafter, verifier, max_nodes, adaptive, seed, (temperature, top_k, top_p, min_p))
     loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
     options.warn_config(tuned, loaded.model)
     ids = _render(loaded.tokenizer, text, system, chat)
     check_prompt(loaded.engine, ids, max_new_tokens, "the prompt")
-    decoder = _decoder(loaded, drafter, rule, params, rng, budget)
-    view = _view(loaded.tokenizer, explain=explain, live=live)
-    _stream(decoder, Row(0, ids, len(ids) + max_new_tokens), view)
+    # A tuned file also says what passes cost here.
+    is_file = config is not None and config.suffix == ".json"
+    asked: dict[str, Any] = {
+        "drafter": str(config) if is_file else drafter,
+        "verifier": rule,
+        "draft_model": loaded.own_draft_models or None,
+        "max_nodes": max_nodes,
+        "adaptive": adaptive,
+        "cuda_graphs": cuda_graphs,
+        "seed": seed,
+        "tokenizer": loaded.tokenizer,
+        "max_new_tokens": max_new_tokens,
+        **sampling,
+    }
+    view = partial(_view, loaded.tokenizer, explain=explain, live=live)
+    _stream(loaded, ids, asked, view, drafter, is_saved=generation_config)
+
+
+def _check(
+    drafter: str, verifier: str, max_nodes: int, adaptive: bool, seed: int, sampling: tuple[float | None, ...]
+) -> Verifier:
+    """The rule called ``verifier``; bad values are found before a model is loaded.
+
+    Raises:
+        ValueError: an unknown name, or a value out of its range.
+    """
+    from specdec.budget import make_budget
+    from specdec.drafters import parse_drafter
+    from specdec.rng import PhiloxRng
+    from specdec.sampling import SamplingParams
+    from specdec.verifiers import make_verifier
+
+    make_budget(max_nodes, adaptive)
+    temperature, top_k, top_p, min_p = sampling
+    SamplingParams(temperature or 0.0, int(top_k or 0), 1.0 if top_p is None else top_p, min_p or 0.0)
+    PhiloxRng(seed)
+    parse_drafter(drafter)
+    return make_verifier(verifier)
 
 
 def _render(tokenizer: Any, text: str, system: str | None, chat: bool) -> list[int]:
@@ -108,19 +156,6 @@ def _render(tokenizer: Any, text: str, system: str | None, chat: bool) -> list[i
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
-
-
-def _decoder(loaded: Loaded, drafter: str, rule: Any, params: Any, rng: Any, budget: Any) -> Decoder:
-    from specdec.cli.loading import eos_ids
-    from specdec.decode import Decoder
-    from specdec.distributions import WarperTransform
-    from specdec.drafters import make_drafter
-    from specdec.interfaces import DraftContext
-
-    ends = eos_ids(loaded.model)
-    proposer = make_drafter(drafter, DraftContext(loaded.engine, rule, loaded.own_draft_models))
-    logits_transform = WarperTransform(params)
-    return Decoder(loaded.engine, proposer, rule, logits_transform, rng, lambda row: row.tokens[-1] in ends, budget)
 
 
 class View(Protocol):
@@ -157,38 +192,79 @@ def _view(tokenizer: Any, *, explain: bool, live: bool) -> View:
     return make_view(tokenizer, is_live=live)
 
 
-def _stream(decoder: Decoder, row: Row, view: View) -> None:
-    """Generate ``row``, showing its text as it comes, and sum up; Ctrl-C ends it early with status 130."""
+def _stream(
+    loaded: Loaded,
+    ids: list[int],
+    asked: dict[str, Any],
+    make_view: Callable[[], View],
+    drafter: str,
+    *,
+    is_saved: bool,
+) -> None:
+    """Generate what is ``asked``, showing its text as it comes, and sum up; Ctrl-C ends it early with status 130."""
     from specdec.stats import Stats
 
     stats = Stats()
     is_interrupted = False
+    view: View | None = None  # nothing is shown where nothing could be generated
     started = time.perf_counter()
     first_s = shown_s = 0.0
+
+    def show(emission: Emission) -> None:
+        nonlocal first_s, shown_s, view
+        first_s = first_s or time.perf_counter() - started
+        stats.add(emission.step)
+        showing = time.perf_counter()
+        view = view or make_view()
+        view.show(emission)
+        shown_s += time.perf_counter() - showing
+
     try:
-        for emission in decoder.run([row]):
-            first_s = first_s or time.perf_counter() - started
-            stats.add(emission.step)
-            showing = time.perf_counter()
-            view.show(emission)
-            shown_s += time.perf_counter() - showing
+        _generate(loaded, ids, asked, show, is_saved=is_saved)
     except KeyboardInterrupt:
         is_interrupted = True
     finally:
         seconds = time.perf_counter() - started - shown_s
-        view.end()
-    print(_summary(decoder, row, stats, seconds, first_s), file=sys.stderr)
+        if view is not None:
+            view.end()
+    print(_summary(asked["verifier"], drafter, len(ids), stats, seconds, first_s), file=sys.stderr)
     if is_interrupted:
         raise typer.Exit(130)
 
 
-def _summary(decoder: Decoder, row: Row, stats: Stats, seconds: float, first_s: float) -> str:
-    lossy = "" if decoder.verifier.lossless else " (lossy)"
+def _generate(
+    loaded: Loaded, ids: list[int], asked: dict[str, Any], show: Callable[[Emission], None], *, is_saved: bool
+) -> None:
+    """The library's own generate(), on the model as it was loaded.
+
+    Raises:
+        UnsupportedOptionError: the saved generation config asks for another way of decoding.
+    """
+    import torch
+
+    import specdec
+    from specdec.cli.saved import generation_config, silent_transformers
+    from specdec.errors import UnsupportedOptionError
+
+    model = loaded.engine.model
+    input_ids = torch.tensor([ids], device=loaded.engine.device)
+    with generation_config(model, is_saved=is_saved), silent_transformers(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* was tuned for ")  # told already
+        try:
+            specdec.generate(model, input_ids, attention_mask=torch.ones_like(input_ids), on_emission=show, **asked)
+        except UnsupportedOptionError as error:
+            raise UnsupportedOptionError(
+                f"the model's saved generation config cannot be followed: {error}; or add --no-generation-config"
+            ) from None
+
+
+def _summary(rule: Verifier, drafter: str, num_prompt: int, stats: Stats, seconds: float, first_s: float) -> str:
+    lossy = "" if rule.lossless else " (lossy)"
     return (
         f"{stats.num_tokens} tokens in {stats.num_drafts} passes: mean acceptance length "
         f"{stats.mean_acceptance_length:.2f}, {stats.num_tokens / max(seconds, 1e-9):.1f} tokens/s "
-        f"({row.num_prompt} prompt tokens, first text after {first_s:.2f} s; drafter {decoder.drafter.name}, "
-        f"verifier {decoder.verifier.name}{lossy})"
+        f"({num_prompt} prompt tokens, first text after {first_s:.2f} s; drafter {drafter.partition(':')[0]}, "
+        f"verifier {rule.name}{lossy})"
     )
 
 

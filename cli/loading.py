@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specdec.cli.saved import end_ids
 from specdec.cli.text import tell
 from specdec.cpu.accelerate import accelerated
 from specdec.cuda.graphs import graph_pool, kernel_copy
@@ -86,8 +87,7 @@ def _check_tokenizers(tokenizer: Any, draft_model: str) -> None:
 
 def eos_ids(model: Any) -> frozenset[int]:
     """The token ids that end a text: those of the model's generation config, as in generate()."""
-    ids = model.generation_config.eos_token_id
-    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+    return end_ids(model.generation_config)
 
 
 def check_prompt(engine: CausalLM, ids: list[int], max_new_tokens: int, what: str) -> None:

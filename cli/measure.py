@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specdec.budget import Budget
 from specdec.cli.details import Details, details
+from specdec.cli.saved import neutral_config
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
 from specdec.engine.causal_lm import CausalLM
@@ -192,17 +193,9 @@ class Speculative:
 
 @contextmanager
 def neutral_generation(model: Any, eos_ids: frozenset[int]) -> Iterator[None]:
-    """Let generate() decode from the model's own distribution; the model's generation config is put back after.
-
-    A checkpoint's config may ask for penalties, top-k and more, which generate() adds to whatever is passed to it.
-    """
-    from transformers import GenerationConfig
-
+    """Let generate() decode from the model's own distribution; the model's generation config is put back after."""
     own = model.generation_config
-    padding = own.pad_token_id if isinstance(own.pad_token_id, int) else min(eos_ids, default=0)
-    model.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=sorted(eos_ids) or None, pad_token_id=padding
-    )
+    model.generation_config = neutral_config(own, eos_ids)
     try:
         yield
     finally:

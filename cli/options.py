@@ -32,6 +32,14 @@ Verifier = Annotated[str, typer.Option("--verifier", metavar="NAME", help="The v
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", metavar="N", help="The most tokens to generate for one prompt.")
 ]
+OwnTemperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        metavar="X",
+        help="0 is greedy decoding. Default: as the model's generation config says, greedy if it says nothing.",
+    ),
+]
 Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 is greedy decoding.")]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", help="Of the sampling noise; the same seed gives the same text.")

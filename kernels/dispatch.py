@@ -1,36 +1,60 @@
-"""Which backend runs an op: CuPy's kernels, the simulator, or the torch twin.
+"""Which backend runs an op: CuPy's kernels, or the torch twin.
 
-``SPECDEC_KERNELS`` is ``auto`` (the default: kernels for CUDA tensors where they can run, else torch), ``torch``,
-``cupy`` or ``sim``. A backend that is asked for by name and cannot run raises; ``auto`` never does.
+``SPECDEC_KERNELS`` is ``auto`` (the default: kernels for CUDA tensors where they can run, else torch), ``torch`` or
+``cupy``, or the name of a backend that was registered. A backend that is asked for by name and cannot run raises;
+``auto`` never does.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
-from specdec.kernels import gpu, simulator
+from specdec.kernels import gpu
 from specdec.kernels.errors import KernelUnavailableError
 from specdec.kernels.launch import Backend
 
-MODES = ("auto", "torch", "cupy", "sim")
+MODES = ("auto", "torch", "cupy")
 VARIABLE = "SPECDEC_KERNELS"
 _log = logging.getLogger("specdec.kernels")
+
+
+class _Registered(NamedTuple):
+    backend: Backend
+    unavailable: Callable[[torch.device], str]
+
+
+_registered: dict[str, _Registered] = {}
+
+
+def register_backend(name: str, backend: Backend, unavailable: Callable[[torch.device], str]) -> None:
+    """Let ``SPECDEC_KERNELS=name`` run every op on ``backend``; a name that is registered already is replaced.
+
+    ``unavailable`` says why the backend cannot run on tensors of a device, or nothing.
+
+    Raises:
+        ValueError: ``name`` is one of ``MODES``.
+    """
+    if name in MODES:
+        raise ValueError(f"the kernel backend {name!r} is built in; register another name than {', '.join(MODES)}")
+    _registered[name] = _Registered(backend, unavailable)
 
 
 def mode() -> str:
     """The value of ``SPECDEC_KERNELS``.
 
     Raises:
-        ValueError: it is none of ``MODES``.
+        ValueError: it is neither one of ``MODES`` nor a registered backend.
     """
     value = os.environ.get(VARIABLE) or "auto"
-    if value not in MODES:
-        raise ValueError(f"{VARIABLE} must be one of {', '.join(MODES)}, got {value!r}")
+    known = (*MODES, *_registered)
+    if value not in known:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(known)}, got {value!r}")
     return value
 
 
@@ -45,14 +69,12 @@ def choose(op: str, device: torch.device, unsupported: str = "") -> Backend | No
     wanted = mode()
     if wanted == "torch":
         return None
-    if wanted == "sim":
-        reason = unsupported or _sim_unavailable(device)
-        if reason:
-            raise KernelUnavailableError(f"{VARIABLE}=sim, but {op} cannot be simulated: {reason}")
-        return simulator.SIMULATOR
-    reason = unsupported or gpu.device_unavailable(device)
-    if reason and wanted == "cupy":
-        raise KernelUnavailableError(f"{VARIABLE}=cupy, but the kernel {op} cannot run: {reason}")
+    named = _registered.get(wanted)
+    reason = unsupported or (named.unavailable if named else gpu.device_unavailable)(device)
+    if reason and wanted != "auto":
+        raise KernelUnavailableError(f"{VARIABLE}={wanted}, but the kernel {op} cannot run: {reason}")
+    if named:
+        return named.backend
     _tell(op, device.type, reason)
     return None if reason else gpu.CupyBackend(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -66,10 +88,6 @@ def is_wanted(op: str, device: torch.device) -> bool:
         KernelUnavailableError: a backend was asked for by name and cannot run.
     """
     return mode() == "torch" or (mode() != "auto" and choose(op, device) is not None)
-
-
-def _sim_unavailable(device: torch.device) -> str:
-    return simulator.unavailable() if device.type == "cpu" else f"the tensors are on {device}, not on the CPU"
 
 
 @cache
@@ -89,6 +107,8 @@ def describe() -> Iterator[str]:
         yield str(error)
         return
     yield f"{VARIABLE}: {wanted}"
+    if wanted in _registered:
+        return
     if not torch.cuda.is_available():
         reason = "torch sees no CUDA device"
     else:
@@ -96,5 +116,4 @@ def describe() -> Iterator[str]:
     if wanted == "torch":
         reason = "asked for"
     yield f"on a GPU: torch ({reason})" if reason else "on a GPU: cupy"
-    lacking = simulator.unavailable()
-    yield f"on a CPU: {'sim' if wanted == 'sim' else 'torch'}; simulator for tests: {lacking or 'ready'}"
+    yield "on a CPU: torch"

@@ -22,7 +22,7 @@ class Kernel(Protocol):
 
 
 class Backend(Protocol):
-    """A way to run kernels: ``cupy`` on a GPU, ``sim`` on a CPU."""
+    """A way to run kernels: ``cupy`` on a GPU, or one that was registered (``dispatch.register_backend``)."""
 
     @property
     def name(self) -> str: ...
@@ -66,8 +66,3 @@ def require(
         raise ValueError(f"{name} must be on {like.device} as the other arguments, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
-
-
-def raw_scalar(value: Any) -> bytes:
-    """The bytes that the kernel receives for a scalar."""
-    return bytes(np.asarray(value).tobytes())

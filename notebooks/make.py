@@ -1,6 +1,5 @@
 """Make again what is committed here: the measured data, the figures of docs/figures and the notebooks' outputs.
 
-python notebooks/make.py draft       # a small draft model, about half an hour; what lies in runs/draft is taken as it is
 python notebooks/make.py measure     # about ten minutes on two cores that do nothing else
 python notebooks/make.py figures
 python notebooks/make.py execute     # or only those named: execute 4_speedup_model
@@ -35,31 +34,20 @@ FEW = [
     *["--limit", "8", "--max-new-tokens", "32", "--batch-size", "4", "--fixed", "--max-nodes", "8"],
     *["--drafter", "ngram", "--drafter", "hybrid"],
 ]
-# A draft model's trees against Medusa's heads, as many nodes each.
-DRAFT = "runs/draft"
-TRAIN = ["train", "draft", "--conversations", "1856", "--dtype", "bfloat16", "--minutes", "9", "--output", DRAFT]
-PAIR = [
-    *["--limit", "8", "--max-new-tokens", "40", "--fixed", "--max-nodes", "8"],
-    *["--drafter", "model:shape=2x2x1", "--drafter-model", DRAFT, "--drafter", "medusa"],
-]
 TUNED = ["--limit", "8", "--max-new-tokens", "48", "--drafter", "ngram", "--drafter", "hybrid"]
 
 MEASURE = [
     ["bench", *PROMPTS, *DRAFTERS, "--trace-probs", "--trace", f"{DATA}/bench.jsonl", "--output", f"{DATA}/bench.json"],
     ["bench", *FIXED, "--trace-probs", "--trace", f"{DATA}/bench-fixed.jsonl", "--output", f"{DATA}/bench-fixed.json"],
     ["bench", *FEW, "--trace", f"{DATA}/bench-b4.jsonl", "--output", f"{DATA}/bench-b4.json"],
-    ["bench", *PAIR, "--trace", f"{DATA}/bench-pair.jsonl", "--output", f"{DATA}/bench-pair.json"],
     ["tune", *TUNED, "--output", f"{DATA}/tuned.json"],
 ]
-OUT = ["--out", "docs/figures", "--format", "svg"]
-ACCEPTANCE = ["acceptance_rate_analysis", "acceptance_by_depth_and_rank", "acceptance_by_entropy"]
-TREES = ["tree_structure_visualization", "tree_attention_mask", "speculative_algorithm_flow"]
-ONLY = [word for name in ACCEPTANCE + TREES for word in ("--only", name)]
-ALL = ["--trace", f"{DATA}/bench.jsonl", "--bench", f"{DATA}/bench.json", "--tuned", f"{DATA}/tuned.json"]
+# Those that docs/analysis.md shows; the tree is one of the run with --fixed.
+SHOWN = "docs/figures"
+OUT = ["--out", SHOWN, "--format", "svg"]
 FIGURES = [
-    ["figures", *ALL, *OUT],
-    ["figures", "--trace", f"{DATA}/bench-fixed.jsonl", *ONLY, *OUT],
-    ["figures", "--trace", f"{DATA}/bench-pair.jsonl", "--only", "specinfer_vs_medusa", *OUT],
+    ["figures", "--bench", f"{DATA}/bench.json", "--only", "speedup_comparison", *OUT],
+    ["figures", "--trace", f"{DATA}/bench-fixed.jsonl", "--only", "tree_structure_visualization", *OUT],
 ]
 
 
@@ -67,6 +55,12 @@ def run(commands: list[list[str]]) -> None:
     for words in commands:
         print("specdec", *words, flush=True)
         subprocess.run([str(Path(sys.executable).with_name("specdec")), *words], cwd=ROOT, check=True)
+
+
+def draw() -> None:
+    run(FIGURES)
+    for dark in (ROOT / SHOWN).glob("*-dark.svg"):  # the pages show the light ones
+        dark.unlink()
 
 
 def execute(names: list[str]) -> None:
@@ -90,9 +84,8 @@ def execute(names: list[str]) -> None:
 
 if __name__ == "__main__":
     stages = {
-        "draft": lambda _: run([TRAIN]),
         "measure": lambda _: run(MEASURE),
-        "figures": lambda _: run(FIGURES),
+        "figures": lambda _: draw(),
         "execute": execute,
     }
     if len(sys.argv) < 2 or sys.argv[1] not in stages:

@@ -20,8 +20,6 @@ from specdec.interfaces import Row, Scores, TargetDistributions
 from specdec.sampling import SamplingParams, sampling_probs
 from specdec.tree import TokenTree
 
-Processors = Callable[[Tensor, Tensor], Tensor]  # (1, L) token ids and (1, V) scores -> (1, V) scores
-
 
 class LogitsTransform(Protocol):
     """How the target picks its next token from its logits."""
@@ -61,10 +59,14 @@ class ProcessorTransform:
         self._histories = Histories(self.padding)
 
     def target_probs(self, row: Row, tree: TokenTree, scores: Scores) -> TargetDistributions:
-        return NodeDistributions(self.params, row, tree, scores.logits, partial(self._apply, row, tree))
+        # The row grows by what is emitted, and a node's history does not: it may be asked for later.
+        return NodeDistributions(
+            self.params, row, tree, scores.logits, partial(self._apply, row, len(row.tokens), tree)
+        )
 
-    def _apply(self, row: Row, tree: TokenTree, node: int, scores: Tensor) -> Tensor:
-        input_ids = self._histories.ids(row, tree.path_tokens(node), scores.device)
+    def _apply(self, row: Row, length: int, tree: TokenTree, node: int, scores: Tensor) -> Tensor:
+        """The processed ``scores`` (V,) behind the row's first ``length`` tokens and the path to ``node``."""
+        input_ids = self._histories.ids(row, length, tree.path_tokens(node), scores.device)
         scores = scores[None]
         for processor in self.processors:
             scores = processed(_for_row(processor, row.key), input_ids, scores)
@@ -153,9 +155,12 @@ class GrowingIds:
         self._buffer[:, self.length : end] = columns
         self.length = end
 
-    def shown(self, path: Sequence[int] = ()) -> Tensor:
-        """(B, t + len(path)) a copy, with ``path`` behind every row; whoever is shown it may keep it."""
-        known = self._buffer[:, : self.length]
+    def shown(self, path: Sequence[int] = (), length: int | None = None) -> Tensor:
+        """(B, t + len(path)) a copy of the first t = ``length`` columns (None: all), with ``path`` behind every row.
+
+        Whoever is shown it may keep it.
+        """
+        known = self._buffer[:, : self.length if length is None else length]
         if not path:
             return known.clone()
         return torch.cat((known, known.new_tensor(path).expand(len(known), -1)), 1)
@@ -168,15 +173,15 @@ class Histories:
     padding: Mapping[int, Sequence[int]]
     _known: dict[int, tuple[Row, GrowingIds, int]] = field(default_factory=dict)  # and how many tokens of the row
 
-    def ids(self, row: Row, path: Sequence[int], device: torch.device) -> Tensor:
-        """(1, L), of its own."""
+    def ids(self, row: Row, length: int, path: Sequence[int], device: torch.device) -> Tensor:
+        """(1, L) of its own: the row's first ``length`` tokens behind its padding, and ``path``."""
         known, ids, num_tokens = self._known.get(row.key, (None, None, 0))
         if known is not row or ids is None:
             ids, num_tokens = GrowingIds(torch.tensor([self.padding.get(row.key, ())], device=device).long()), 0
         if num_tokens < len(row.tokens):
             ids.extend(torch.tensor([row.tokens[num_tokens:]], device=device))
             self._known[row.key] = row, ids, len(row.tokens)
-        return ids.shown(path)
+        return ids.shown(path, len(self.padding.get(row.key, ())) + length)
 
 
 @dataclass(slots=True)

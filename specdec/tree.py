@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,10 +164,6 @@ class TokenTree:
     def ancestors(self) -> NDArray[np.bool_]:
         """(n, n) matrix: entry [i, j] says whether j is i or one of its ancestors."""
         return ancestor_matrix(self.parents)
-
-    def is_path(self, nodes: Sequence[int]) -> bool:
-        """Whether ``nodes`` starts at the root and each next node is a child of the one before."""
-        return bool(nodes) and nodes[0] == 0 and all(self.parents[b] == a for a, b in pairwise(nodes))
 
 
 def ancestor_matrix(parents: Sequence[int]) -> NDArray[np.bool_]:

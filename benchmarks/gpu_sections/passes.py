@@ -12,7 +12,7 @@ import torch
 
 from gpu_sections.timing import Run, Timed
 from specdec.cuda.graphs import GraphedPasses, GraphPool, GraphRecorders, kernel_copy
-from specdec.cuda.recording import Recorder, Rerun
+from specdec.cuda.recording import Recorder
 from specdec.engine.causal_lm import CausalLM
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import load_model
@@ -81,9 +81,18 @@ def model_steps(run: Run) -> None:
             run.time("model", f"{nodes} nodes, context {context}", methods, floor_us=floor)
 
 
+def recorders_of(run: Run) -> Callable[[], Recorder]:
+    """CUDA graphs, or in a dry run a recorder of the tests, whose folder gpu.py has put on the path."""
+    if not run.is_dry:
+        return GraphRecorders(torch.device("cuda", 0))
+    from rerun import Rerun
+
+    return Rerun
+
+
 def captured_passes(run: Run) -> None:
     """The same pass launched step by step and replayed, for an 8B-shaped model and the default one."""
-    recorders = Rerun if run.is_dry else GraphRecorders(torch.device("cuda", 0))
+    recorders = recorders_of(run)
     for name, make in {"8B-shaped": llama_shaped, "default model": default_model}.items():
         model = kernel_copy(make(run))
         for context in run.pick((1024, 8192, 32768) if make is llama_shaped else (512, 2048), (20,)):

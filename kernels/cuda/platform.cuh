@@ -1,4 +1,4 @@
-// The only file that knows which compiler reads the kernels: nvcc or NVRTC, or g++ behind kernels/sim.
+// The only file that knows which compiler reads the kernels: nvcc or NVRTC, or g++ behind tests/support/sim.
 #pragma once
 #if defined(SPECDEC_CPU)
 #define SPECDEC_DYNAMIC_SHARED(name) unsigned char* name = static_cast<unsigned char*>(simt::dynamic_shared())

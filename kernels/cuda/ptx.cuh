@@ -1,4 +1,4 @@
-// Tensor-core and asynchronous-copy instructions; kernels/sim/ptx.h emulates each of them on a CPU.
+// Tensor-core and asynchronous-copy instructions; tests/support/sim/ptx.h emulates each of them on a CPU.
 #pragma once
 #include "platform.cuh"
 

@@ -1,4 +1,4 @@
-"""Work that is recorded once and replayed on the same buffers: CUDA graphs on a GPU, the function itself elsewhere.
+"""Work that is recorded once and replayed on the same buffers, as a CUDA graph.
 
 What is recorded may change between replays only through tensors at fixed addresses: a graph holds every address and
 every Python number as they were. It must not wait for the device either.
@@ -35,13 +35,6 @@ class Recorder(Protocol):
         Raises:
             RuntimeError: it cannot be recorded.
         """
-
-
-class Rerun:
-    """Calls the function again: for CPUs, where it brings nothing but the same path through the code."""
-
-    def record(self, run: Callable[[], Output]) -> Recording[Output]:
-        return Recording(run)
 
 
 class CudaGraphs:

@@ -124,7 +124,7 @@ class RowEnds:
             return True
         if not self._others:
             return False
-        ids = self.histories.ids(row, (), self.device)
+        ids = self.histories.ids(row, len(row.tokens), (), self.device)
         return any(_is_done(criterion, ids, row.key) for criterion in self._others)
 
 

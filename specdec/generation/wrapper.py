@@ -69,6 +69,7 @@ def generate(
     accelerate: bool = False,
     cuda_graphs: bool = False,
     on_step: Callable[[Step], None] | None = None,
+    on_emission: Callable[[Emission], None] | None = None,
     tokenizer: Any | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -94,6 +95,7 @@ def generate(
         cuda_graphs: on a GPU, run on our attention kernels and replay each pass over a tree as a CUDA graph; cache and
             graphs stay for the next call. Not yet seen on a GPU (docs/gpu-todo.md), so it is off by default.
         on_step: called with every step of every row.
+        on_emission: the same, with what is needed to look behind a step: its tree and the distributions at its nodes.
         generation_config and all others: as for ``model.generate``. Logits processors and criteria of your own are
             asked about the whole batch, once for each token, as there; rows then wait for each other. Give one the
             attribute ``is_rowwise = True`` if it answers for a row by the ids (and scores) of that row alone and keeps
@@ -129,6 +131,7 @@ def generate(
             accelerate=accelerate,
             cuda_graphs=cuda_graphs,
             on_step=on_step,
+            on_emission=on_emission,
             streamer=stream,
         )
         call = Call(model, inputs, generation_config, kwargs)
@@ -148,6 +151,7 @@ def custom_generate(
     accelerate: bool = False,
     cuda_graphs: bool = False,
     on_step: Callable[[Step], None] | None = None,
+    on_emission: Callable[[Emission], None] | None = None,
     streamer: Any | None = None,
 ) -> Callable[..., Any]:
     """A callable for ``model.generate(..., custom_generate=...)``; arguments as in :func:`generate`.
@@ -170,6 +174,7 @@ def custom_generate(
         accelerate,
         cuda_graphs,
         on_step,
+        on_emission,
         streamer,
     )
 
@@ -187,6 +192,7 @@ class _Loop:
     accelerate: bool
     cuda_graphs: bool
     on_step: Callable[[Step], None] | None
+    on_emission: Callable[[Emission], None] | None
     streamer: Any | None
 
     def __call__(
@@ -245,6 +251,8 @@ class _Loop:
             stats.add(emission.step)
             if self.on_step is not None:
                 self.on_step(emission.step)
+            if self.on_emission is not None:
+                self.on_emission(emission)
             batch.collect(emission)
             del emission  # it holds what the pass computed, whose room the next pass may need
         return batch.result(stats)

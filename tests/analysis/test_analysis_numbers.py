@@ -210,11 +210,6 @@ def test_intervals_cover_and_know_their_prompts() -> None:
     assert str(geometric_mean([2.0])) == "2.00"
 
 
-def test_theory_of_a_chain() -> None:
-    assert acceptance.expected_length(0.5, 2) == pytest.approx(1 + 0.5 + 0.25)
-    assert acceptance.expected_length(1.0, 3) == 4
-
-
 @pytest.mark.parametrize(
     ("text", "kind"),
     [(" word", "word start"), ("ing", "word part"), ("3", "number"), (" 12", "number"), (", ", "punctuation"),

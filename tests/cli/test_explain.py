@@ -10,7 +10,9 @@ import pytest
 import tinychat
 import torch
 from rich.console import Console
+from transformers import RepetitionPenaltyLogitsProcessor
 
+import specdec
 from specdec.cli.details import details, token_texts
 from specdec.cli.explain import LiveView, Texts, step_tree
 from specdec.cli.loading import eos_ids, load
@@ -125,3 +127,33 @@ def test_token_texts_keep_their_spaces(run: tuple[list[Emission], Any]) -> None:
     tokenizer = run[1].tokenizer
     ids = list(tokenizer("ab cd")["input_ids"])
     assert "".join(token_texts(tokenizer, ids)[token] for token in ids) == "ab cd"
+
+
+def test_a_nodes_distribution_is_that_of_its_own_history_also_when_asked_later() -> None:
+    """The row has grown by then: a penalty was computed with what was emitted behind the node."""
+    model = tinychat.make_model(eos=None)
+    ids = torch.tensor([[97, 98, 97, 98, 97, 98, 97]])
+    penalty = RepetitionPenaltyLogitsProcessor(1.5)
+    num_nodes = 0
+
+    def look(emission: Emission) -> None:
+        nonlocal num_nodes
+        history = emission.row.tokens[: -len(emission.step.tokens)]
+        for node in range(len(emission.tree)):
+            context = torch.tensor([history + emission.tree.path_tokens(node)])
+            expected = penalty(context, emission.scores.logits[node : node + 1].clone())[0].argmax()
+            assert emission.probs.best(node) == expected
+            num_nodes += 1
+
+    specdec.generate(
+        model,
+        ids,
+        max_new_tokens=20,
+        do_sample=False,
+        pad_token_id=0,
+        repetition_penalty=1.5,
+        drafter="recycling:min_prob=0.0,min_gain=0.0,start=None,capacity=64",
+        adaptive=False,
+        on_emission=look,
+    )
+    assert num_nodes > 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toy import is_path
 
 from specdec.tree import Draw, TokenTree, ancestor_matrix
 
@@ -50,7 +51,7 @@ def test_ancestors_are_the_nodes_of_each_path() -> None:
     ],
 )
 def test_a_path_starts_at_the_root_and_leaves_nothing_out(nodes: list[int], expected: bool) -> None:
-    assert TREE.is_path(nodes) is expected
+    assert is_path(TREE, nodes) is expected
 
 
 @pytest.mark.parametrize(

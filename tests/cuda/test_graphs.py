@@ -11,6 +11,7 @@ import pytest
 import torch
 from kernel_cases import kernel_cache, simulated  # noqa: F401
 from mutants import mutated
+from rerun import Rerun
 from tape import Tape, taped_kernels  # noqa: F401
 from test_kernels_gpu import needs_gpu
 from test_kernels_model import FAMILIES as KERNEL_FAMILIES
@@ -21,7 +22,7 @@ from zoo import CHAIN, FAMILIES, TREE
 import specdec
 from specdec import captured, grouped_attention, model_state, static_pass
 from specdec.cuda.graphs import GraphedPasses, GraphPool, graph_pool
-from specdec.cuda.recording import Recorder, Rerun
+from specdec.cuda.recording import Recorder
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
 from specdec.engine.causal_lm import CausalLM

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from kernel_cases import ancestors, each_schedule, kernel_cache, random_parents, simulated  # noqa: F401
+from simulator import schedule
 from torch import Tensor
 
 from specdec.kernels.attention import (
@@ -18,7 +19,6 @@ from specdec.kernels.attention import (
     tree_attention_torch,
     visible_slots,
 )
-from specdec.kernels.simulator import schedule
 
 pytestmark = pytest.mark.usefixtures("simulated")
 # Relative error in the Euclidean norm: the rounding of weights and results to the dtype.

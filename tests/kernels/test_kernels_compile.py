@@ -19,7 +19,7 @@ import pytest
 import torch
 from kernel_cases import nvcc_unavailable
 
-from specdec.kernels import attention, commit, ngram, pick, reject, source, tree, walk
+from specdec.kernels import attention, commit, pick, reject, source, walk
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,10 +37,8 @@ def instances(sizes: tuple[int, ...] = attention.HEAD_SIZES) -> dict[str, list[s
         attention.FILE: attentions,
         pick.FILE: [*(e for d in DTYPES for e in pick.expressions(d)[:2]), pick.expressions(torch.float32)[2]],
         reject.FILE: [e for d in DTYPES for e in reject.expressions(d)],
-        tree.FILE: [*(e for d in DTYPES for e in tree.child_expressions(d)), *tree.BUILD_EXPRESSIONS],
         walk.FILE: list(walk.EXPRESSIONS),
         commit.FILE: list(commit.EXPRESSIONS),
-        ngram.FILE: list(ngram.EXPRESSIONS),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import simulator
 import torch
 from kernel_cases import kernel_cache, simulated  # noqa: F401
+from simulator import KernelFaultError
 
-from specdec.kernels import dispatch, gpu, simulator, source
-from specdec.kernels.errors import KernelFaultError, KernelUnavailableError
+from specdec.kernels import dispatch, gpu, source
+from specdec.kernels.errors import KernelUnavailableError
 from specdec.kernels.launch import int32, require
 from specdec.kernels.walk import walk_tree
 
@@ -47,6 +50,36 @@ def test_an_unknown_mode_is_an_error_with_the_modes(monkeypatch: pytest.MonkeyPa
     assert list(dispatch.describe()) == ["SPECDEC_KERNELS must be one of auto, torch, cupy, sim, got 'triton'"]
 
 
+def test_the_simulator_is_no_part_of_the_product() -> None:
+    """It compiles and runs C++ for tests: an installation must neither hold it nor offer it."""
+    code = "import specdec.cli.doctor; from specdec.kernels import dispatch; print(*dispatch.describe())"
+    environment = os.environ | {"SPECDEC_KERNELS": "sim"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "SPECDEC_KERNELS must be one of auto, torch, cupy, got 'sim'"
+
+
+def test_a_backend_that_is_registered_is_chosen_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_registered", {})
+    backend = gpu.CupyBackend(5)
+    dispatch.register_backend("mine", backend, lambda device: "" if device.type == "meta" else f"not on {device}")
+    monkeypatch.setenv("SPECDEC_KERNELS", "mine")
+    assert dispatch.choose("walk_tree", torch.device("meta")) is backend
+    assert dispatch.is_wanted("walk_tree", torch.device("meta"))
+    with pytest.raises(KernelUnavailableError, match=r"SPECDEC_KERNELS=mine, but the kernel walk_tree .* not on cpu"):
+        dispatch.choose("walk_tree", CPU)
+    assert list(dispatch.describe()) == ["SPECDEC_KERNELS: mine"]
+    monkeypatch.setenv("SPECDEC_KERNELS", "auto")
+    assert dispatch.choose("walk_tree", torch.device("meta")) is None
+
+
+@pytest.mark.parametrize("name", dispatch.MODES)
+def test_a_built_in_mode_cannot_be_registered_over(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' is built in; register another name than auto, torch, cupy"):
+        dispatch.register_backend(name, simulator.SIMULATOR, simulator.device_unavailable)
+
+
 def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_KERNELS", "cupy")
     with pytest.raises(KernelUnavailableError, match="walk_tree cannot run: the tensors are on cpu"):
@@ -61,7 +94,6 @@ def test_without_a_compiler_the_simulator_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SPECDEC_KERNELS", "sim")
     with pytest.raises(KernelUnavailableError, match=r"g\+\+ was not found; install it"):
         dispatch.choose("walk_tree", CPU)
-    assert any("g++ was not found" in line for line in dispatch.describe())
 
 
 def broken_cupy() -> ModuleType:

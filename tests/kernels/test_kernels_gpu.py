@@ -27,7 +27,7 @@ from specdec.kernels.walk import walk_tree
 from specdec.sampling import GREEDY, SamplingParams
 from specdec.verifiers import make_verifier
 
-OPS = ("pick_rows", "walk_tree", "reject_tree", "top_children", "build_tree", "lookup_ngram", "tree_attention")
+OPS = ("pick_rows", "walk_tree", "reject_tree", "tree_attention")
 REASON = gpu.device_unavailable(torch.device("cuda")) if torch.cuda.is_available() else "torch sees no CUDA device"
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=f"no GPU for the kernels: {REASON}")]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import simulator
 import torch
 from kernel_cases import SCHEDULES, kernel_cache, simulated  # noqa: F401
 from kernel_probes import PROBES
+from simulator import KernelFaultError, schedule
 
-from specdec.kernels import attention, commit, ngram, pick, reject, simulator, source, tree, walk
-from specdec.kernels.errors import KernelFaultError
-from specdec.kernels.simulator import schedule
+from specdec.kernels import attention, commit, pick, reject, source, walk
 
 pytestmark = pytest.mark.usefixtures("simulated")
 ATTENTION, HELP = "attention.cu", "attention.cuh"
@@ -78,8 +78,8 @@ MUTANTS = [
     Mutant("pick", "pick.cu", "value >= bound ?", "value > bound ?"),
     Mutant("pick", "rows.cuh", "token <= last", "token < last"),
     Mutant("pick", "rows.cuh", "wanted -= shared.before;", ""),
-    Mutant("children", "rows.cuh", "if (reached >= target", "if (reached > target"),
-    Mutant("children", "rows.cuh", "above + bins[digit] < target", "above + bins[digit] <= target"),
+    Mutant("pick", "rows.cuh", "if (reached >= target", "if (reached > target"),
+    Mutant("pick", "rows.cuh", "above + bins[digit] < target", "above + bins[digit] <= target"),
     Mutant("pick", "rows.cuh", "0xffffffu - static_cast<uint32_t>(token)", "static_cast<uint32_t>(token)"),
     Mutant("pick", "rows.cuh", BARRIER, "", 0),
     Mutant("pick", "rows.cuh", BARRIER, "", 1),
@@ -137,18 +137,6 @@ MUTANTS = [
     ),
     Mutant("commit", "commit.cu", "first < count; first += kChunk", "first < count - 1; first += kChunk"),
     Mutant("commit", "commit.cu", "slot % page_size", "slot"),
-    Mutant("children", "tree.cu", "rank += found[j] > found[i]", "rank += found[j] < found[i]"),
-    Mutant("children", "tree.cu", "scores[r] + key_value", "key_value"),
-    Mutant("children", "tree.cu", "if (key >= last)", "if (key > last)"),
-    Mutant("build", "tree.cu", "rank < n - 1", "rank < n"),
-    Mutant("build", "tree.cu", "score[j] == score[i] && j < i", "score[j] == score[i] && j > i"),
-    Mutant("build", "tree.cu", "score[i] > -INFINITY && rank", "rank"),
-    Mutant("build", "tree.cu", "1ull << (a & 63)", "1ull << (a & 31)"),
-    Mutant("build", "tree.cu", "above < 0 ? 0 : place[above]", "above < 0 ? 0 : above"),
-    Mutant("ngram", "ngram.cu", "end < length", "end <= length"),
-    Mutant("ngram", "ngram.cu", "order >= min_order", "order > min_order"),
-    Mutant("ngram", "ngram.cu", "order) << 32", "order) << 2"),
-    Mutant("ngram", "ngram.cu", "min(k, length - from)", "k"),
 ]
 
 
@@ -160,9 +148,6 @@ KERNELS = {
     "reject": (reject.FILE, reject.expressions(torch.float32)),
     "reject_on_equality": (reject.FILE, reject.expressions(torch.float32)),
     "commit": (commit.FILE, commit.EXPRESSIONS),
-    "children": (tree.FILE, tree.child_expressions(torch.float32)),
-    "build": (tree.FILE, tree.BUILD_EXPRESSIONS),
-    "ngram": (ngram.FILE, ngram.EXPRESSIONS),
 }
 
 

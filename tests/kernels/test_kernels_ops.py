@@ -8,18 +8,16 @@ import random
 import pytest
 import torch
 from kernel_cases import ancestors, each_schedule, kernel_cache, noise_keys, random_parents, simulated  # noqa: F401
+from simulator import schedule
 from torch import Tensor
 
 from specdec.distributions import NodeDistributions
 from specdec.interfaces import Row
 from specdec.kernels import pick
 from specdec.kernels.commit import KVBuffers, commit_kv, commit_kv_torch
-from specdec.kernels.ngram import lookup_ngram, lookup_ngram_torch
 from specdec.kernels.pick import Filters, Grammar, PickedRows, pick_rows, pick_rows_torch
 from specdec.kernels.reject import Drafts, DraftTree, reject_tree, reject_tree_torch
 from specdec.kernels.rng import RngKeys
-from specdec.kernels.simulator import schedule
-from specdec.kernels.tree import build_tree, build_tree_torch, pack_bits, top_children, top_children_torch
 from specdec.kernels.walk import Walked, walk_tree, walk_tree_torch
 from specdec.rng import PhiloxRng
 from specdec.sampling import SamplingParams, sampling_probs
@@ -307,74 +305,3 @@ def test_buffers_of_different_layers_are_refused() -> None:
         KVBuffers.of([torch.zeros(1, 2, 8, 64), torch.zeros(1, 2, 8, 32)])
     with pytest.raises(ValueError, match="multiple of 16 bytes"):
         KVBuffers.of([torch.zeros(1, 2, 8, 5)])
-
-
-# ----- top_children and build_tree -----
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each_schedule
-def test_children_are_the_twins(dtype: torch.dtype, seed: int) -> None:
-    logits, scores = some_logits(3, 2000, dtype), torch.tensor([0.0, -1.5, -3.0])
-    for k in (1, 10):
-        with schedule(seed):
-            tokens, child_scores = top_children(logits, scores, k)
-        expected_tokens, expected_scores = top_children_torch(logits, scores, k)
-        assert tokens.tolist() == expected_tokens.tolist()
-        torch.testing.assert_close(child_scores, expected_scores, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("candidates", "nodes"), [(1, 1), (1, 4), (50, 20), (300, 100), (1024, 256)])
-@each_schedule
-def test_built_trees_are_the_twins(candidates: int, nodes: int, seed: int) -> None:
-    """Scores tie often, some candidates are none, and 256 nodes need four words of bits."""
-    chance = random.Random(candidates)
-    scores, parents = torch.zeros(2, candidates), torch.zeros(2, candidates, dtype=torch.int32)
-    for row in range(2):
-        for c in range(candidates):
-            parent = parents[row, c] = chance.randrange(max(-1, c - 40), c) if c else -1
-            step = chance.choice([0.0, -0.5, -1.0, -math.inf if c > candidates // 2 else -2.0])
-            scores[row, c] = (scores[row, parent] if parent >= 0 else 0.0) + step
-    tokens = torch.randint(0, 99, (2, candidates))
-    args = (scores, parents, tokens, torch.tensor([7, 8]), torch.tensor([100, 200]), nodes)
-    with schedule(seed):
-        got = build_tree(*args)
-    expected = build_tree_torch(*args)
-    for name in expected.__slots__:
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
-
-
-def test_built_bits_are_the_ancestors() -> None:
-    """The twin itself, against the matrix of ancestors."""
-    parents = torch.tensor([random_parents(130, 1, 20)], dtype=torch.int32) - 1  # candidates stand behind the root
-    tokens = torch.zeros(1, 130, dtype=torch.int64)
-    built = build_tree_torch(
-        torch.zeros(1, 130), parents.clamp(min=-1), tokens, torch.tensor([1]), torch.tensor([5]), 131
-    )
-    seen = ancestors(built.parents[0].tolist())
-    masks = [sum(1 << j for j in range(131) if row[j]) for row in seen.tolist()]
-    assert built.bits[0].tolist() == [pack_bits(mask, 3) for mask in masks]
-    assert built.depths[0].tolist() == (seen.sum(1) - 1).tolist()
-
-
-# ----- lookup_ngram -----
-
-
-@each_schedule
-def test_lookups_are_the_twins(seed: int) -> None:
-    history = torch.randint(0, 4, (8, 700), generator=torch.Generator().manual_seed(1))
-    lengths = torch.tensor([700, 699, 300, 20, 3, 2, 1, 0], dtype=torch.int32)
-    for orders in ((1, 4), (3, 8), (7, 7)):
-        with schedule(seed):
-            got = lookup_ngram(history, lengths, 5, *orders)
-        expected = lookup_ngram_torch(history, lengths, 5, *orders)
-        for name in expected.__slots__:
-            assert getattr(got, name).tolist() == getattr(expected, name).tolist(), name
-
-
-def test_a_lookup_takes_the_longest_then_the_latest_suffix() -> None:
-    history = torch.tensor([[1, 2, 3, 9, 2, 3, 8, 3, 7, 1, 2, 3, 0]])
-    found = lookup_ngram(history, torch.tensor([12], dtype=torch.int32), 4)
-    assert (found.tokens.tolist(), found.orders.tolist()) == ([[9, 2, 3, 8]], [3])
-    found = lookup_ngram(history, torch.tensor([12], dtype=torch.int32), 4, 1, 2)
-    assert (found.tokens.tolist(), found.orders.tolist()) == ([[8, 3, 7, 1]], [2])

@@ -61,6 +61,14 @@ def test_relative_links_resolve(document: Path) -> None:
     assert not broken
 
 
+def test_every_committed_figure_and_result_is_used() -> None:
+    """Guards against figures that no page shows and results that no text cites: megabytes whose use nobody can tell."""
+    text = "".join(path.read_text("utf-8") for path in DOCUMENTS)
+    files = [path for folder in ("docs/figures", "benchmarks") for path in (ROOT / folder).glob("*.*")]
+    assert len(files) > 10
+    assert not [path.name for path in files if path.name not in text]
+
+
 @each_document
 def test_no_words_of_the_workshop(document: Path) -> None:
     """Numbers of issues, paths of one machine and addresses of services mean nothing to a reader."""

@@ -7,10 +7,10 @@ import shutil
 import subprocess
 
 import pytest
+import simulator
 import torch
 from torch import Tensor
 
-from specdec.kernels import simulator
 from specdec.kernels.rng import RngKeys
 
 SCHEDULES = (0, -1, 3, 4)  # one warp as far as it can go, both ways; random warps; random steps

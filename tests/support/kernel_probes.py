@@ -1,6 +1,7 @@
 """One small, telling workload for each kernel: mutants must fail it, sanitizers must find nothing in it.
 
-``python kernel_probes.py NAME...`` runs some of them, for the sanitizers, which need a process of their own.
+``python kernel_probes.py NAME...`` runs some of them, for the sanitizers, which need a process of their own; ``support``
+must be on its path.
 """
 
 from __future__ import annotations
@@ -12,16 +13,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from kernel_cases import SCHEDULES, ancestors, noise_keys, random_parents
+from simulator import schedule
 from torch import Tensor
 
 from specdec.kernels.attention import KVView, TreeMask, pack_mask, tree_attention, tree_attention_torch
 from specdec.kernels.commit import KVBuffers, commit_kv, commit_kv_torch
-from specdec.kernels.ngram import lookup_ngram, lookup_ngram_torch
 from specdec.kernels.pick import Filters, PickedRows, pick_rows, pick_rows_torch
 from specdec.kernels.reject import Drafts, DraftTree, reject_tree, reject_tree_torch
 from specdec.kernels.rng import COIN, RngKeys, philox
-from specdec.kernels.simulator import schedule
-from specdec.kernels.tree import build_tree, build_tree_torch, top_children, top_children_torch
 from specdec.kernels.walk import walk_tree, walk_tree_torch
 
 PROBES: dict[str, Callable[[], None]] = {}
@@ -86,11 +85,17 @@ def pick() -> None:
     assert pick_rows(flat, Filters(1.0), noise_keys(8)).tokens.tolist() == (
         pick_rows_torch(flat, Filters(1.0), noise_keys(8)).tokens.tolist()
     )
+    picks_as_its_twin(flat[:2], Filters(1.0, top_k=20))  # no ties: exactly so many are kept
     for filters in (Filters(), Filters(1.2), Filters(0.8, 30, 0.7), Filters(1.0, top_p=0.5), Filters(1.0, min_p=0.1)):
-        got, expected = pick_rows(logits, filters, noise_keys(3)), pick_rows_torch(logits, filters, noise_keys(3))
-        assert got.tokens.tolist() == expected.tokens.tolist()
-        torch.testing.assert_close(got.lse, expected.lse, rtol=0, atol=1e-5)
-        assert got.lasts is None or expected.lasts is None or got.lasts.tolist() == expected.lasts.tolist()
+        picks_as_its_twin(logits, filters)
+
+
+def picks_as_its_twin(logits: Tensor, filters: Filters) -> None:
+    rng = noise_keys(len(logits))
+    got, expected = pick_rows(logits, filters, rng), pick_rows_torch(logits, filters, rng)
+    assert got.tokens.tolist() == expected.tokens.tolist()
+    torch.testing.assert_close(got.lse, expected.lse, rtol=0, atol=1e-5)
+    assert got.lasts is None or expected.lasts is None or got.lasts.tolist() == expected.lasts.tolist()
 
 
 @probe
@@ -155,40 +160,6 @@ def commit() -> None:
     commit_kv(KVBuffers.of(tensors), starts, path, counts, pages)
     commit_kv_torch(KVBuffers.of(copies), starts, path, counts, pages)
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
-
-
-@probe
-def children() -> None:
-    logits = torch.randn(2, 3000, generator=generator(1)) * 3
-    logits[0] = logits[0].bfloat16().float()  # full of ties
-    scores = torch.tensor([-1.0, -2.0])
-    for k in (1, 2, 3, 4, 5, 6, 9, 20, 50):
-        got, expected = top_children(logits, scores, k), top_children_torch(logits, scores, k)
-        assert got[0].tolist() == expected[0].tolist()
-        torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-5)
-
-
-@probe
-def build() -> None:
-    candidates = 200
-    parents = torch.tensor([random_parents(candidates, 1, 30)], dtype=torch.int32)
-    scores = torch.zeros(1, candidates)
-    for c in range(1, candidates):
-        scores[0, c] = scores[0, parents[0, c]] - (c * 7 % 3) * 0.5
-    scores[0, 150:] = -math.inf
-    tokens = torch.arange(candidates)[None]
-    for num_nodes in (5, 60, 180):
-        args = (scores, parents, tokens, torch.tensor([3]), torch.tensor([50]), num_nodes)
-        equal(build_tree(*args), build_tree_torch(*args))
-
-
-@probe
-def ngram() -> None:
-    history = torch.randint(0, 3, (3, 600), generator=generator(1))
-    lengths = torch.tensor([600, 77, 2], dtype=torch.int32)
-    history[1] = 7
-    for orders in ((2, 5), (5, 5)):
-        equal(lookup_ngram(history, lengths, 4, *orders), lookup_ngram_torch(history, lengths, 4, *orders))
 
 
 def run(name: str, seeds: Sequence[int] = SCHEDULES) -> None:

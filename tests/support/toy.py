@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ def context(tokens: Sequence[int], vocab: int) -> int:
     return tokens[-2] * vocab + tokens[-1]
 
 
+def is_path(tree: TokenTree, nodes: Sequence[int]) -> bool:
+    """Whether ``nodes`` starts at the root and each next node is a child of the one before."""
+    return bool(nodes) and nodes[0] == 0 and all(tree.parents[b] == a for a, b in pairwise(nodes))
+
+
 class ToyTarget:
     """A Target whose next-token logits depend on the last two tokens, by a table that the seed fixes.
 
@@ -64,7 +70,7 @@ class ToyTarget:
         return [a * self.vocab + b for a, b in zip(before, tree.tokens, strict=True)]
 
     def commit(self, rows: Sequence[Row], paths: Sequence[Sequence[int]]) -> None:
-        assert all(self._scored[row.key].is_path(path) for row, path in zip(rows, paths, strict=True))
+        assert all(is_path(self._scored[row.key], path) for row, path in zip(rows, paths, strict=True))
 
     def close(self, rows: Sequence[Row]) -> None:
         self.open_keys -= {row.key for row in rows}

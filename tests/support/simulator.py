@@ -1,7 +1,8 @@
-"""Backend ``sim``: the ``.cu`` files compiled by g++ through ``kernels/sim`` and run on CPU tensors.
+"""Backend ``sim``: the ``.cu`` files compiled by g++ through ``sim/*.h`` beside this file and run on CPU tensors.
 
-For tests, not for speed: every kernel, launcher and grid can be checked where there is no GPU. The thread schedule is
-an argument (see ``kernels/sim/schedule.h``); outputs start poisoned and end in guard bytes that no kernel may touch.
+For tests, not for speed: every kernel, launcher and grid can be checked where there is no GPU. Importing this module
+registers the backend, which ``SPECDEC_KERNELS=sim`` then chooses. The thread schedule is an argument (see
+``sim/schedule.h``); outputs start poisoned and end in guard bytes that no kernel may touch.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.kernels import source
-from specdec.kernels.errors import KernelFaultError, KernelUnavailableError
-from specdec.kernels.launch import Argument, Kernel, raw_scalar
+from specdec.kernels.dispatch import register_backend
+from specdec.kernels.errors import KernelUnavailableError
+from specdec.kernels.launch import Argument, Kernel
 
 SIM = Path(__file__).resolve().parent / "sim"
 _HEADERS = ("machine.h", "schedule.h", "cuda.h", "ptx.h")
@@ -34,9 +37,18 @@ _POISON = 0xFF  # NaN as a float, -1 as an integer
 _schedule: ContextVar[int] = ContextVar("schedule", default=0)
 
 
+class KernelFaultError(RuntimeError):
+    """A kernel did what no kernel may: a deadlock, a lost copy, a store outside its output."""
+
+
 def unavailable() -> str:
     """Why the simulator cannot run here, or nothing."""
     return "" if shutil.which("g++") else "g++ was not found; install it (Debian: apt-get install g++)"
+
+
+def device_unavailable(device: torch.device) -> str:
+    """Why the simulator cannot run kernels on tensors of ``device``, or nothing."""
+    return unavailable() if device.type == "cpu" else f"the tensors are on {device}, not on the CPU"
 
 
 def cache_dir() -> Path:
@@ -125,7 +137,7 @@ class Simulator:
 def _raw(arg: Argument) -> bytes:
     if arg is None or isinstance(arg, Tensor):
         return (arg.data_ptr() if arg is not None else 0).to_bytes(8, "little")
-    return raw_scalar(arg)
+    return np.asarray(arg).tobytes()
 
 
 @cache
@@ -167,3 +179,4 @@ def _compiler_version() -> str:
 
 
 SIMULATOR = Simulator()
+register_backend("sim", SIMULATOR, device_unavailable)

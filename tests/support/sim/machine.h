@@ -39,7 +39,7 @@ constexpr size_t kStackBytes = 256 * 1024;
 struct Index3 {
   unsigned x, y, z;
 };
-struct LaunchConfig {  // laid out as in kernels/simulator.py
+struct LaunchConfig {  // laid out as in simulator.py
   uint32_t grid[3], block[3];
   uint64_t shared_bytes;
   int64_t seed;
