@@ -20,6 +20,8 @@ from specdec.interfaces import Row, Scores, TargetDistributions
 from specdec.sampling import SamplingParams, sampling_probs
 from specdec.tree import TokenTree
 
+Processors = Callable[[Tensor, Tensor], Tensor]  # (B, L) token ids and (B, V) scores -> (B, V) scores
+
 
 class LogitsTransform(Protocol):
     """How the target picks its next token from its logits."""

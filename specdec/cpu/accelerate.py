@@ -15,6 +15,7 @@ from specdec.engine.grouped_attention import NAME as GROUPED
 from specdec.engine.model_state import ModelState
 from specdec.engine.offload import is_offloaded
 from specdec.engine.shared_copy import kept_copy, shares_attention, sharing_copy
+from specdec.engine.wrapped import model_inside
 
 _KIND = "accelerated"
 
@@ -36,8 +37,8 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
     """``model`` with packed linear layers and, if it ran on ``sdpa``, fused decoder layers and grouped attention.
 
     Args:
-        model: a transformers model on the CPU; elsewhere, offloaded, where packing is impossible, or where it has been
-            done, it is returned as it is.
+        model: a transformers model on the CPU, or a module that wraps one; elsewhere, offloaded, where packing is
+            impossible, or where it has been done, it is returned as it is.
         in_place: replace the layers of ``model`` itself, which then holds one copy of its weights and can no longer
             be trained, converted, moved, copied or saved; each of these is refused. Otherwise the model stays
             untouched and the result shares everything but the linear layers with it, which costs a second copy of
@@ -49,14 +50,16 @@ def accelerated(model: Any, in_place: bool = False) -> Any:
     replaced, and on any other attention. Linear layers are other modules afterwards: hooks belong on what
     ``model.get_submodule`` returns then. Under ``torch.autocast`` packed layers compute in the dtype of their weights.
     """
-    if model.device.type != "cpu" or is_offloaded(model) or packing_fault(model.dtype) or is_packed(model):
+    inside = model_inside(model)
+    if inside.device.type != "cpu" or is_offloaded(model) or packing_fault(inside.dtype) or is_packed(model):
         return model
     ours = model if in_place else sharing_copy(model)
     if ours is model and not in_place:
         return model
-    if model.config.get_text_config()._attn_implementation == "sdpa" and not shares_attention(ours):
-        ours.set_attn_implementation(GROUPED)
+    inside = model_inside(ours)
+    if inside.config.get_text_config()._attn_implementation == "sdpa" and not shares_attention(ours):
+        inside.set_attn_implementation(GROUPED)
         with torch.autocast("cpu", enabled=False):  # its rounding would fail the trial of every layer
-            fuse(ours)
+            fuse(inside)
     pack(ours)
     return ours

@@ -106,6 +106,16 @@ def test_an_adapted_model_generates_the_tokens_that_it_generates_itself(
     assert torch.equal(inside, expected)
 
 
+@pytest.mark.parametrize("wrapper", ["around", "parallel", "lora inside another"])
+def test_a_wrapper_runs_on_packed_layers_too(wrapper: str, model: Any, prompts: dict[str, Tensor]) -> None:
+    wrapped = WRAPPERS[wrapper]()
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    out = specdec.generate(
+        model, **prompts, drafter="model:shape=3x2", draft_model=wrapped, accelerate=True, adaptive=False, **settings
+    )
+    assert torch.equal(out, model.generate(**prompts, **settings))
+
+
 def test_an_adapter_that_is_switched_off_is_off(prompts: dict[str, Tensor]) -> None:
     """Guards answers that are kept for a model although its adapter has changed."""
     wrapped = lora()

@@ -366,6 +366,7 @@ CRITERIA: dict[str, Make] = {
     "longer than the config": lambda: MaxLengthCriteria(35),
     "shorter than the config": lambda: MaxLengthCriteria(11),
     "own ends": lambda: EosTokenCriteria([5, 9, 11, 13, 21, 34, 50]),
+    "one own end": lambda: EosTokenCriteria(torch.tensor(9)),
 }
 
 
