@@ -38,7 +38,7 @@ def runs(drafts, curve, num_steps, rng, seeds):
     return [Simulation(AdaptiveBudget(16), drafts, curve, rng, seed=seed).run(num_steps) for seed in seeds]
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("rng", [0.0, 0.2])
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("name", USELESS)
 def test_a_useless_drafter_costs_at_most_three_percent_of_a_run(name, curve, rng):
@@ -57,7 +57,7 @@ def test_a_useless_drafter_costs_at_most_five_percent_of_the_first_answer(name, 
     assert mean(run.seconds for run in noisy) <= 1.05 * 128
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("rng", [0.0, 0.2])
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_drafter_is_used_as_well_as_by_the_best_fixed_size(name, curve, rng):

@@ -27,7 +27,8 @@ from toy import (
     table,
 )
 
-from specdec.drafters import growth, hybrid
+from specdec.drafters import hybrid
+from specdec.drafters.trees import growth
 from specdec.drafters.trees.growth import ChildSampling, TreeBuilder
 from specdec.drafters.trees.merge import merge
 from specdec.drafters.trees.shapes import StaticShape

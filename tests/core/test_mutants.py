@@ -49,7 +49,8 @@ from toy import (
 
 from specdec import rng as noise_module
 from specdec.interfaces import Verifier
-from specdec.verifiers import block, make_verifier, match, rejection, residual, traversal, walk
+from specdec.verifiers import block, make_verifier, match, rejection, traversal
+from specdec.verifiers.common import residual, walk
 from specdec.verifiers.rejection import RejectionVerifier
 
 PAIR = full(2)

@@ -23,9 +23,10 @@ from transformers import (
 )
 
 import specdec
-from specdec import accelerate, grouped_attention
+from specdec.cpu import accelerate
 from specdec.cpu.accelerate import accelerated, accelerated_copy
 from specdec.cpu.packed_linear import PackedLinear, packing_fault
+from specdec.engine import grouped_attention
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.grouped_attention import attention_forward
 from specdec.interfaces import Row

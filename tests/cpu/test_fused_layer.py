@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from specdec import fused_layer
+from specdec.cpu import fused_layer
 from specdec.cpu.accelerate import accelerated
 from specdec.cpu.fused_layer import FusedLayer, Rotation, fuse, norm_of
 from specdec.cpu.packed_linear import PackedLinear, PackedSlice, packing_fault

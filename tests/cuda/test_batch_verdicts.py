@@ -16,7 +16,7 @@ from torch import Tensor
 from toy import ToyTarget
 
 import specdec
-from specdec import device_verdicts
+from specdec.cuda import batch_verdicts
 from specdec.cuda.batch_verdicts import BatchVerdicts, TreeBatch, decide, verdicts_on_device
 from specdec.decode import Decoder
 from specdec.distributions import LogitsTransform, NodeDistributions, ProcessorTransform, WarperTransform
@@ -307,7 +307,9 @@ def cases() -> Iterator[tuple[str, Verifier, LogitsTransform, Any]]:
     yield "not with processors", MatchVerifier(), ProcessorTransform([], GREEDY), NOISE
 
 
-@pytest.mark.parametrize(("name", "verifier", "policy", "noise"), list(cases()), ids=[case[0] for case in cases()])
+@pytest.mark.parametrize(
+    ("name", "verifier", "logits_transform", "rng"), list(cases()), ids=[case[0] for case in cases()]
+)
 def test_what_is_decided_together(
     name: str, verifier: Verifier, logits_transform: LogitsTransform, rng: Any, twins: None
 ) -> None:
@@ -370,12 +372,12 @@ def test_nothing_is_read_before_the_one_copy(taped_kernels: None) -> None:  # no
 
 def test_logits_that_lie_side_by_side_are_not_copied() -> None:
     whole = torch.randn(4, 3, 5)
-    same = device_verdicts._joined(list(whole))
+    same = batch_verdicts._joined(list(whole))
     assert same.data_ptr() == whole.data_ptr()
     assert torch.equal(same, whole)
-    assert torch.equal(device_verdicts._joined(list(whole)[1:3]), whole[1:3])
+    assert torch.equal(batch_verdicts._joined(list(whole)[1:3]), whole[1:3])
     for parts in ([whole[0], whole[2]], [whole[1], whole[0]], [whole[0], whole[1, :2]], [whole[0], whole[1].clone()]):
-        joined = device_verdicts._joined(parts)
+        joined = batch_verdicts._joined(parts)
         assert joined.data_ptr() != whole.data_ptr()
         for line, part in zip(joined, parts, strict=True):
             assert torch.equal(line[: len(part)], part)
@@ -406,7 +408,7 @@ PROMPTS = torch.tensor([[97, 98, 99, 97, 98, 99, 97, 98], [5, 6, 7, 5, 6, 7, 5, 
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each pass decided together."""
     seen: list[int] = []
-    original = device_verdicts.verdicts_on_device
+    original = batch_verdicts.verdicts_on_device
 
     def counted(*arguments: Any) -> list[Verdict] | None:
         found = original(*arguments)
@@ -414,7 +416,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             seen.append(len(found))
         return found
 
-    monkeypatch.setattr(device_verdicts, "verdicts_on_device", counted)
+    monkeypatch.setattr(batch_verdicts, "verdicts_on_device", counted)
     return seen
 
 

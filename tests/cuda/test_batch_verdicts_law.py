@@ -47,7 +47,7 @@ from toy import (
     full,
 )
 
-from specdec import device_verdicts
+from specdec.cuda import batch_verdicts
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
 from specdec.interfaces import Verdict
@@ -199,7 +199,7 @@ class DeviceLoop(Loop):
     """The loop whose kernels' noise is a script's."""
 
     script: Script = field(default_factory=lambda: Script(True))
-    module: ModuleType = device_verdicts
+    module: ModuleType = batch_verdicts
 
     def decoder(self, rng: Rng) -> Decoder:
         assert isinstance(rng, ScriptedNoise)
@@ -222,7 +222,7 @@ def device_loop(monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes loops that decide every pass by ``module``, with twins for kernels and a target in float32."""
 
     def make(
-        case: Case, verifier: str, params: SamplingParams = AS_IT_IS, module: ModuleType = device_verdicts
+        case: Case, verifier: str, params: SamplingParams = AS_IT_IS, module: ModuleType = batch_verdicts
     ) -> DeviceLoop:
         script = Script(is_eager=verifier == "match")
 
@@ -329,13 +329,13 @@ def is_found(module: ModuleType, device_loop: Make) -> bool:
 
 
 def test_the_judge_lets_the_right_one_pass(device_loop: Make) -> None:
-    assert not is_found(device_verdicts, device_loop)
+    assert not is_found(batch_verdicts, device_loop)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_each_part_of_a_batch_matters(name: str, device_loop: Make) -> None:
     """Guards the proof itself: a change that it would not notice is a hole in it."""
-    assert is_found(mutated(device_verdicts, *MUTATIONS[name]), device_loop)
+    assert is_found(mutated(batch_verdicts, *MUTATIONS[name]), device_loop)
 
 
 # ----- the noise itself -----

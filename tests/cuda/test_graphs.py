@@ -20,11 +20,12 @@ from torch import Tensor
 from zoo import CHAIN, FAMILIES, TREE
 
 import specdec
-from specdec import captured, grouped_attention, model_state, static_pass
+from specdec.cuda import graphs, static_pass
 from specdec.cuda.graphs import GraphedPasses, GraphPool, graph_pool
 from specdec.cuda.recording import Recorder
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
+from specdec.engine import grouped_attention, model_state
 from specdec.engine.causal_lm import CausalLM
 from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import Row, Scores
@@ -56,7 +57,7 @@ RECORDABLE = [family.name for family in TREE if family.name not in NOT_RECORDABL
 @pytest.fixture(autouse=True)
 def small_capacities(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache grows within a test, so that recordings go stale."""
-    monkeypatch.setattr(captured, "_MIN_CAPACITY", 64)
+    monkeypatch.setattr(graphs, "_MIN_CAPACITY", 64)
     monkeypatch.setattr(model_state, "_STATES", type(model_state._STATES)())
 
 
@@ -213,14 +214,14 @@ MUTATIONS = {
 
 def with_mutant(monkeypatch: pytest.MonkeyPatch, mutant: ModuleType) -> None:
     for name in ("StepInputs", "PassOutput", "recordable"):
-        monkeypatch.setattr(captured, name, getattr(mutant, name))
+        monkeypatch.setattr(graphs, name, getattr(mutant, name))
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_pass_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recording that holds a length, or an input that is filled wrongly, must show in what ``play`` compares."""
     with_mutant(monkeypatch, mutated(static_pass, *MUTATIONS[name]))
-    monkeypatch.setattr(captured, "_lengths", lambda _: [])  # else the check would find it first
+    monkeypatch.setattr(graphs, "_lengths", lambda _: [])  # else the check would find it first
     wanted = play(CausalLM(model_of("mistral-window")))
     assert difference(play(recorded(model_of("mistral-window"))), wanted) > 1e-3
 
@@ -307,7 +308,7 @@ def test_the_next_engine_on_a_model_uses_what_the_last_one_recorded() -> None:
 
 
 def test_old_recordings_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "_MAX_RECORDINGS", 2)
+    monkeypatch.setattr(graphs, "_MAX_RECORDINGS", 2)
     lm = recorded(model_of("llama"))
     got = play(lm)
     assert len(passes_of(lm)._recorded) == passes_of(lm).num_bytes == 2
@@ -329,12 +330,12 @@ def test_graphs_on_a_cpu_are_refused() -> None:
 
 def test_a_copy_for_the_kernels_shares_every_weight() -> None:
     model = model_of("llama")
-    ours = captured.kernel_copy(model)
+    ours = graphs.kernel_copy(model)
     assert ours.config._attn_implementation == grouped_attention.NAME
     assert model.config._attn_implementation == "sdpa"
     assert all(a is b for a, b in zip(model.parameters(), ours.parameters(), strict=True))
-    assert captured.kernel_copy(model) is ours
-    assert captured.kernel_copy(ours) is ours
+    assert graphs.kernel_copy(model) is ours
+    assert graphs.kernel_copy(ours) is ours
 
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=needs_gpu) for name in KERNEL_FAMILIES])

@@ -18,8 +18,9 @@ from specdec.budget import FixedBudget
 from specdec.cpu.packed_linear import PackedLinear, is_packed, pack, packing_fault
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
-from specdec.drafters import eagle_cell, eagle_engine, make_drafter
+from specdec.drafters import make_drafter
 from specdec.drafters.eagle import EagleDrafter
+from specdec.drafters.heads import eagle_cell, eagle_engine
 from specdec.drafters.heads.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.heads.eagle_engine import EagleEngine, feature_layers
 from specdec.drafters.heads.eagle_format import save_eagle

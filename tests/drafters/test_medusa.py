@@ -15,7 +15,8 @@ from specdec.budget import FixedBudget
 from specdec.cpu.packed_linear import is_packed, pack, packing_fault
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
-from specdec.drafters import medusa, shipped
+from specdec.drafters import medusa
+from specdec.drafters.heads import shipped
 from specdec.drafters.heads.medusa_heads import save_medusa
 from specdec.drafters.heads.shipped import mismatch, target_facts
 from specdec.drafters.medusa import MedusaDrafter

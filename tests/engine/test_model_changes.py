@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from rerun import Rerun
 from tape import Tape
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -22,14 +23,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from zoo import randomize
 
 import specdec
-from specdec import accelerate, captured, weight_watch
+from specdec.cpu import accelerate
 from specdec.cpu.accelerate import accelerated, accelerated_copy, drop_copy
 from specdec.cpu.packed_linear import PackedLinear, packing_fault
-from specdec.cuda.graphs import borrow, give_back, kernel_copy
+from specdec.cuda import graphs
+from specdec.cuda.graphs import GraphPool, kernel_copy
 from specdec.cuda.host_state import host_state
-from specdec.cuda.recording import Rerun
+from specdec.engine import model_state, weight_watch
 from specdec.engine.cache import RaggedCache
 from specdec.engine.causal_lm import CausalLM
+from specdec.engine.model_state import ModelState
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row
 from specdec.tree import TokenTree
@@ -60,10 +63,8 @@ NUM_NEW = 10
 
 @pytest.fixture(autouse=True)
 def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (accelerate, captured):
-        monkeypatch.setattr(module, "_COPIES", type(module._COPIES)())
-    monkeypatch.setattr(captured, "_IDLE", type(captured._IDLE)())
-    monkeypatch.setattr(captured, "_MIN_CAPACITY", 64)
+    monkeypatch.setattr(model_state, "_STATES", type(model_state._STATES)())
+    monkeypatch.setattr(graphs, "_MIN_CAPACITY", 64)
 
 
 def build(kind: str = "llama", **settings: Any) -> Any:
@@ -148,13 +149,14 @@ def through_accelerated(model: Any) -> list[int]:
 def through_kernels(model: Any, recorders: Any = None) -> list[int]:
     """As with cuda_graphs, whose copy runs on a CPU too."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    engine, row = CausalLM(kernel_copy(inner), recorders=recorders), Row(0, IDS[0].tolist(), 100)
+    ours = kernel_copy(inner)
+    engine, row = CausalLM(ours, replays=recorders and GraphPool(ours, recorders)), Row(0, IDS[0].tolist(), 100)
     engine.open([row])
     while len(row.tokens) < IDS.shape[1] + NUM_NEW:
         scores = engine.score([row], [TokenTree((row.tokens[-1], 3, 4), (-1, 0, 0))])
         engine.commit([row], [[0]])
         row.tokens.append(int(scores[0].logits[0].argmax()))
-    assert engine.captured is None or (engine.captured.fault == "" and engine.captured.num_replays > 0)
+    assert engine.graphs is None or (engine.graphs.fault == "" and engine.graphs.num_replays > 0)
     engine.close([row])
     return row.tokens
 
@@ -686,9 +688,9 @@ def test_every_uncounted_write_to_a_row_or_a_column_is_found(part: str) -> None:
     for dim, size in enumerate(weight.shape):
         for place in range(size):
             weight.data.select(dim, place).add_(1)
-            assert accelerate._COPIES[model].weights.is_unchanged() is False, (dim, place)
+            assert ModelState.of(model).copies["accelerated"].weights.is_unchanged() is False, (dim, place)
             weight.data.select(dim, place).sub_(1)
-            if accelerate._COPIES[model].weights.is_unchanged():
+            if ModelState.of(model).copies["accelerated"].weights.is_unchanged():
                 continue
             weight.data.copy_(weight.data.round(decimals=2))  # where taking away did not give what there was before
             last = accelerated_copy(model)
@@ -699,7 +701,7 @@ def test_of_a_large_model_whole_rows_are_found_within_some_calls(monkeypatch: py
     monkeypatch.setattr(weight_watch, "_MOST_SAMPLES", 500)
     model = build()
     first = accelerated_copy(model)
-    num_parts = accelerate._COPIES[model].weights.num_parts
+    num_parts = ModelState.of(model).copies["accelerated"].weights.num_parts
     assert num_parts > 4
     assert all(accelerated_copy(model) is first for _ in range(2 * num_parts))
     model.lm_head.weight.data[50] += 1
@@ -935,25 +937,26 @@ def test_threads_never_take_the_same_recordings_or_find_them_gone() -> None:
     model = kernel_copy(build())
     style = CausalLM(model).support.style
     assert style is not None
-    captured._IDLE[model] = Awaited()
+    ModelState.of(model).idle_replays = Awaited()
+    pool = GraphPool(model, Rerun)
     lent: list[Any] = []
 
     def work(_: int) -> None:
         for _ in range(5):
-            cache, passes = borrow(model, style, Rerun, lambda: RaggedCache(2))
+            cache, passes = pool.borrow(style, lambda: RaggedCache(2))
             assert not any(passes is other for other in lent)
             lent.append(passes)
-            give_back(model, cache, lent.pop(next(i for i, other in enumerate(lent) if other is passes)))
+            pool.give_back(cache, lent.pop(next(i for i, other in enumerate(lent) if other is passes)))
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
 
 
 def test_recordings_are_kept_while_nothing_changes() -> None:
     model = build()
     for _ in range(2):
         through_recordings(model)
-    (idle,) = captured._IDLE[kernel_copy(model)]
-    recorded = idle[2].num_recordings
+    ((_, passes),) = ModelState.of(kernel_copy(model)).idle_replays
+    recorded = passes.num_recordings
     through_recordings(model)
-    assert [passes.num_recordings for _, _, passes in captured._IDLE[kernel_copy(model)]] == [recorded]
+    assert [passes.num_recordings for _, passes in ModelState.of(kernel_copy(model)).idle_replays] == [recorded]

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import specdec.engine.cache
-from specdec import grouped_attention
+from specdec.engine import grouped_attention
 from specdec.engine.cache import Move, RaggedCache
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.masks import TreePass

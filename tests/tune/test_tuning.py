@@ -9,7 +9,6 @@ import tinychat
 import torch
 
 import specdec
-from specdec import tuning
 from specdec.cli.synthetic import parse_acceptance, synthetic_pair
 from specdec.drafters.trees.shapes import read_shape, sequoia
 from specdec.engine.causal_lm import CausalLM
@@ -18,6 +17,7 @@ from specdec.records.tuned import fingerprint, load_tuned
 from specdec.rng import PhiloxRng
 from specdec.sampling import GREEDY, SamplingParams
 from specdec.tree import TokenTree
+from specdec.tune import tuning
 from specdec.tune.tuning import (
     NONE,
     Candidate,
