@@ -11,6 +11,7 @@ would, for one shape at a time).
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -24,7 +25,6 @@ from specdec.cli.loading import model_facts
 from specdec.cpu.accelerate import accelerated
 from specdec.cpu.packed_linear import packing_fault
 from specdec.engine.causal_lm import CausalLM
-from specdec.engine.shared_copy import sharing_copy
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import load_model
 from specdec.interfaces import Row
@@ -42,7 +42,7 @@ def binary_tree(root: int, size: int) -> TokenTree:
 
 def compiled(model: Any) -> Any:
     """A copy of ``model``, sharing its weights, whose decoder torch.compile runs; it compiles at the first passes."""
-    ours = sharing_copy(model)
+    ours = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # the alternative is to run plain layers in silence
     decoder = ours.get_decoder()
     decoder.forward = torch.compile(decoder.forward, dynamic=True)

@@ -141,10 +141,15 @@ def _are_there(members: Mapping[str, Any], known: Mapping[str, int]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class Kept:
+    """A copy and what it was made from."""
+
     modules: ModuleWatch
     weights: WeightWatch
     copy: Any
+
+    def is_current(self) -> bool:
+        return self.modules.is_unchanged() and self.weights.is_unchanged()
 
 
 def kept_copy(
@@ -160,13 +165,13 @@ def kept_copy(
     """
     state = ModelState.of(model)
     with state.lock:  # two threads must not both make the copy that one of them throws away
-        kept: _Kept | None = state.copies.get(kind)
-        if kept is not None:
-            if kept.modules.is_unchanged() and kept.weights.is_unchanged():
-                return kept.copy
-            del state.copies[kind], kept
+        kept: Kept | None = state.copies.get(kind)
+        if kept is not None and kept.is_current():
+            return kept.copy
+        state.copies.pop(kind, None)
+        del kept
         watches = ModuleWatch(model), WeightWatch(laid_out(model))
         ours = make(model)
-        if ours is not model:  # a state that held its own model would never go
-            state.copies[kind] = _Kept(*watches, ours)
+        if ours is not model:
+            state.copies[kind] = Kept(*watches, ours)
         return ours

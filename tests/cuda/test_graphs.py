@@ -58,7 +58,7 @@ RECORDABLE = [family.name for family in TREE if family.name not in NOT_RECORDABL
 def small_capacities(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache grows within a test, so that recordings go stale."""
     monkeypatch.setattr(graphs, "_MIN_CAPACITY", 64)
-    monkeypatch.setattr(model_state, "_STATES", type(model_state._STATES)())
+    monkeypatch.setattr(model_state, "_ATTRIBUTE", f"_specdec_states_{id(monkeypatch)}")  # nothing of other tests
 
 
 def recorded(model: Any, recorders: Callable[[], Recorder] = Tape, **states: Any) -> CausalLM:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import time
+import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -29,10 +31,11 @@ from specdec.cpu.packed_linear import PackedLinear, packing_fault
 from specdec.cuda import graphs
 from specdec.cuda.graphs import GraphPool, kernel_copy
 from specdec.cuda.host_state import host_state
-from specdec.engine import model_state, weight_watch
+from specdec.engine import weight_watch
 from specdec.engine.cache import RaggedCache
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.model_state import ModelState
+from specdec.engine.weight_watch import WeightWatch
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row
 from specdec.tree import TokenTree
@@ -62,8 +65,7 @@ NUM_NEW = 10
 
 
 @pytest.fixture(autouse=True)
-def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_state, "_STATES", type(model_state._STATES)())
+def small_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_MIN_CAPACITY", 64)
 
 
@@ -684,24 +686,20 @@ def test_a_merged_adapter_that_is_switched_off_leaves_the_weights_of_the_model_r
 def test_every_uncounted_write_to_a_row_or_a_column_is_found(part: str) -> None:
     model = build()
     weight = model.get_submodule(part).weight
-    last = accelerated_copy(model)
+    before, watch = weight.detach().clone(), WeightWatch([model.get_submodule(part)])
     for dim, size in enumerate(weight.shape):
         for place in range(size):
             weight.data.select(dim, place).add_(1)
-            assert ModelState.of(model).copies["accelerated"].weights.is_unchanged() is False, (dim, place)
-            weight.data.select(dim, place).sub_(1)
-            if ModelState.of(model).copies["accelerated"].weights.is_unchanged():
-                continue
-            weight.data.copy_(weight.data.round(decimals=2))  # where taking away did not give what there was before
-            last = accelerated_copy(model)
-    assert last is not None
+            assert not watch.is_unchanged(), (dim, place)
+            weight.data.copy_(before)
+            assert watch.is_unchanged()
 
 
 def test_of_a_large_model_whole_rows_are_found_within_some_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_watch, "_MOST_SAMPLES", 500)
     model = build()
     first = accelerated_copy(model)
-    num_parts = ModelState.of(model).copies["accelerated"].weights.num_parts
+    num_parts = watch_of(model).num_parts
     assert num_parts > 4
     assert all(accelerated_copy(model) is first for _ in range(2 * num_parts))
     model.lm_head.weight.data[50] += 1
@@ -709,6 +707,12 @@ def test_of_a_large_model_whole_rows_are_found_within_some_calls(monkeypatch: py
     second = accelerated_copy(model)
     model.lm_head.weight.data.mul_(1.001)
     assert accelerated_copy(model) is not second
+
+
+def watch_of(model: Any) -> WeightWatch:
+    weights = ModelState.of(model).copies["accelerated"].weights
+    assert isinstance(weights, WeightWatch)
+    return weights
 
 
 def quietly(model: Any) -> None:
@@ -847,6 +851,51 @@ def test_a_model_moved_to_another_dtype_and_back_is_packed_anew() -> None:
     assert through_accelerated(model) == expected
 
 
+def hooked_by_its_owner(model: Any) -> None:
+    model.model.register_forward_hook(lambda *_, model=model: None)
+
+
+def known_to_a_part(model: Any) -> None:
+    middle(model).owner = [model]
+
+
+@pytest.mark.parametrize("alter", [hooked_by_its_owner, known_to_a_part])
+@pytest.mark.parametrize("make", [accelerated_copy, kernel_copy])
+def test_a_model_that_its_own_parts_know_is_let_go_with_its_copy(make: Any, alter: Callable[[Any], None]) -> None:
+    """A copy shares hooks and attributes, and through them it held the model for as long as the process lived."""
+    model = build()
+    alter(model)
+    gone = weakref.ref(model), weakref.ref(make(model))
+    del model
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+@pytest.mark.parametrize("make", [accelerated_copy, kernel_copy])
+def test_a_copy_goes_with_its_model_without_a_collection(make: Any) -> None:
+    model = build()
+    gone = weakref.ref(model), weakref.ref(make(model))
+    gc.disable()
+    try:
+        del model
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_duplicate_of_a_model_has_a_copy_of_its_own(duplicate: Callable[[Any], Any]) -> None:
+    model = build()
+    first = accelerated_copy(model)
+    other = duplicate(model)
+    other.lm_head = nn.Linear(128, 97, bias=False)
+    if duplicate is copy.copy:
+        model.lm_head = nn.Linear(128, 97, bias=False)  # a shallow copy shares its modules
+    assert accelerated_copy(other) is not first
+    assert through_accelerated(other) == expected_of(other)
+    assert through_accelerated(model) == expected_of(model)
+
+
 def in_place_scaling(model: Any) -> None:
     for layer in model.model.layers:
         layer.self_attn.scaling = 3.0
@@ -925,31 +974,26 @@ def test_a_copy_of_a_copy_is_a_model_of_its_own() -> None:
 
 def test_threads_never_take_the_same_recordings_or_find_them_gone() -> None:
     """Two threads saw that something was there, and one of them took it from an empty list."""
+    both_have_looked = threading.Barrier(2)
 
     class Awaited(list[Any]):
-        """Between being looked at and being taken from, another thread has its turn."""
-
         def __len__(self) -> int:
             size = super().__len__()
-            time.sleep(0.002)
+            if size:
+                with suppress(threading.BrokenBarrierError):
+                    both_have_looked.wait(0.3)  # only one can look at a time
             return size
 
     model = kernel_copy(build())
     style = CausalLM(model).support.style
     assert style is not None
-    ModelState.of(model).idle_replays = Awaited()
-    pool = GraphPool(model, Rerun)
-    lent: list[Any] = []
-
-    def work(_: int) -> None:
-        for _ in range(5):
-            cache, passes = pool.borrow(style, lambda: RaggedCache(2))
-            assert not any(passes is other for other in lent)
-            lent.append(passes)
-            pool.give_back(cache, lent.pop(next(i for i, other in enumerate(lent) if other is passes)))
-
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(work, range(4)))
+    state, pool = ModelState.of(model), GraphPool(model, Rerun)
+    left = pool.borrow(style, lambda: RaggedCache(2))
+    state.idle_replays = Awaited()
+    pool.give_back(*left)
+    with ThreadPoolExecutor(2) as threads:
+        lent = list(threads.map(lambda _: pool.borrow(style, lambda: RaggedCache(2)), range(2)))
+    assert sorted(passes is left[1] for _, passes in lent) == [False, True]
 
 
 def test_recordings_are_kept_while_nothing_changes() -> None:
