@@ -61,7 +61,7 @@ def main() -> None:
     names = {"tuned": chosen, **{f"{d} {n} fixed": (d, n, a) for d, n, a in fixed}, "none": ("none", 0, False)}
     loaded = load(options.target, (), options.dtype, "auto")
     setting = Setting(
-        loaded.engine, make_verifier("match"), (), SamplingParams(0.0), eos_ids(loaded.model), options.max_new_tokens
+        loaded.target, make_verifier("match"), (), SamplingParams(0.0), eos_ids(loaded.model), options.max_new_tokens
     )
     prompts = load_prompts(options.prompts)[options.first :: 2]
     prompts = [prompts[i * len(prompts) // options.limit] for i in range(min(options.limit, len(prompts)))]

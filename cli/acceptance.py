@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from specdec.budget import FixedBudget
 from specdec.cli.loading import eos_ids
-from specdec.decode import Decoder
+from specdec.cli.measure import ends_with
 from specdec.distributions import WarperTransform
-from specdec.drafters import make_drafter
-from specdec.engine.causal_lm import CausalLM
-from specdec.interfaces import DraftContext, Row
-from specdec.rng import PhiloxRng
+from specdec.interfaces import Row
+from specdec.runtime import Runtime
 from specdec.sampling import GREEDY
+from specdec.settings import Settings
 from specdec.stats import Stats
-from specdec.verifiers import make_verifier
 
 _NUM_TOKENS = 64
 
@@ -32,10 +29,8 @@ def measure_acceptance(
 
     Trees have up to ``max_nodes`` nodes.
     """
-    engine, rule, ends = CausalLM(model), make_verifier("match"), eos_ids(model)
-    drafter = make_drafter(spec, DraftContext(engine, rule, tuple(draft_models)))
-    logits_transform, rng, budget = WarperTransform(GREEDY), PhiloxRng(0), FixedBudget(max_nodes)
-    decoder = Decoder(engine, drafter, rule, logits_transform, rng, lambda row: row.tokens[-1] in ends, budget)
+    settings = Settings(drafter=spec, max_nodes=max_nodes, adaptive=False, seed=0)
+    decoder = Runtime(model, draft_models).decoder(settings, WarperTransform(GREEDY), ends_with(eos_ids(model)))
     stats = Stats()
     rows = (Row(i, list(ids), len(ids) + _NUM_TOKENS) for i, ids in enumerate(questions))
     for emission in decoder.run(rows, num_rows):

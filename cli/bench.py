@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specdec.cli import options
-from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.records.prompts import BUILTIN
+from specdec.settings import DEFAULTS
 
 if TYPE_CHECKING:
     from specdec.cli.results import BenchConfig
@@ -28,21 +28,21 @@ def bench(
         typer.Option(
             "--drafter",
             metavar=options.DRAFTER_FORM,
-            help=f"A drafter to measure; give it again for more. Default: {DEFAULT_DRAFTER}, or model with a draft model. "
+            help=f"A drafter to measure; give it again for more. Default: {DEFAULTS.drafter!s}, or model with a draft model. "
             + options.QUOTING,
         ),
     ] = None,
     drafter_model: options.DrafterModel = None,
-    verifier: options.Verifier = DEFAULT_VERIFIER,
+    verifier: options.Verifier = str(DEFAULTS.verifier),
     prompts: Annotated[
         str, typer.Option(metavar="FILE", help=f"JSONL in Spec-Bench's form or with prompts; {BUILTIN}: our own suite.")
     ] = BUILTIN,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Take the first N prompts only.")] = None,
-    max_new_tokens: options.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
+    max_new_tokens: options.MaxNewTokens = options.DEFAULT_MAX_NEW_TOKENS,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts that are generated together.")] = 1,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
-    max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
+    max_nodes: options.MaxNodes = DEFAULTS.max_nodes,
     adaptive: options.Adaptive = True,
     config: options.Config = None,
     synthetic_acceptance: Annotated[

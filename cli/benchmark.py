@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from specdec.budget import FixedBudget, PassCosts, make_budget
+from specdec.budget import PassCosts, make_budget
 from specdec.cli.details import token_texts
 from specdec.cli.loading import Loaded, all_model_facts, check_prompt, eos_ids, load
 from specdec.cli.matching import Judge
@@ -26,21 +26,23 @@ from specdec.cli.measure import (
     Method,
     Output,
     Speculative,
+    ends_with,
 )
 from specdec.cli.options import read_config, set_threads, warn_config
 from specdec.cli.progress import Tell
 from specdec.cli.results import BenchConfig, Group, Question, Results, Turn
 from specdec.cli.saved import silent_transformers
 from specdec.cli.synthetic import SYNTHETIC, synthetic_pair
-from specdec.defaults import DEFAULT_VERIFIER
-from specdec.drafters import make_drafter, parse_drafter
+from specdec.distributions import WarperTransform
+from specdec.drafters import parse_drafter
 from specdec.drafters.model import check_vocabulary
 from specdec.engine.causal_lm import CausalLM
-from specdec.interfaces import DraftContext
+from specdec.interfaces import Drafter, Verifier
 from specdec.records.prompts import Prompt, load_prompts, render_turns
 from specdec.records.provenance import collect
 from specdec.records.trace import TraceWriter
 from specdec.sampling import SamplingParams
+from specdec.settings import DEFAULTS, Settings
 from specdec.verifiers import make_verifier
 
 WARM_UP_TOKENS = 8
@@ -84,24 +86,24 @@ def run_bench(
 
 def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[list[Method], list[dict[str, str]]]:
     """What will be measured, and what will not and why. All our own methods share one engine."""
-    ends, rule = eos_ids(loaded.model), make_verifier(config.verifier)
+    ends, verifier = eos_ids(loaded.model), make_verifier(config.verifier)
     skipped: list[dict[str, str]] = []
     tuned = read_config(config.config)
     warn_config(tuned, loaded.model)
-    costs = (
-        tuned.costs() if tuned else PassCosts()
-    )  # one machine, one target: what one method's passes cost holds for all
+    # One machine, one target: what one method's passes cost holds for all.
+    costs = tuned.costs() if tuned else PassCosts()
 
     def hf(name: str, draft_model: Any | None = None) -> HfGenerate:
         return HfGenerate(name, loaded.model, ends, config.temperature, config.seed, draft_model, clock)
 
-    def own(name: str, spec: str | None) -> Speculative:
-        # Where nothing is drafted every exact rule is the same; a lossy one must not touch the reference.
-        verifier = rule if spec else make_verifier(DEFAULT_VERIFIER)
-        proposer = make_drafter(spec or "none", DraftContext(loaded.engine, verifier, loaded.own_draft_models))
-        sampling = (ends, config.temperature, config.seed)
-        budget = make_budget(config.max_nodes, config.adaptive and spec is not None, costs)
-        return Speculative(name, spec, loaded.engine, proposer, verifier, *sampling, budget, clock, config.trace_probs)
+    def own(
+        name: str, spec: str | None, verifier: Verifier, drafter: Drafter | None = None, *, adaptive: bool = True
+    ) -> Speculative:
+        settings = Settings(drafter=spec or "none", verifier=verifier, seed=config.seed)
+        budget = make_budget(config.max_nodes, adaptive and config.adaptive, costs)
+        transform, stop = WarperTransform(SamplingParams(config.temperature)), ends_with(ends)
+        decoder = loaded.runtime.decoder(settings, transform, stop, drafter=drafter, budget=budget, clock=clock)
+        return Speculative(name, spec, decoder, loaded.target, ends, clock, config.trace_probs and drafter is None)
 
     methods: list[Method] = [hf(HF_GENERATE)]
     for name, drafts in ((HF_LOOKUP, (None,)), (HF_ASSISTED, loaded.draft_models)):
@@ -110,26 +112,15 @@ def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[li
                 skipped.append({"method": name, "reason": "transformers supports it at batch size 1 only"})
                 continue
             if draft is not None:
-                check_vocabulary(CausalLM(draft), loaded.engine)
+                check_vocabulary(CausalLM(draft), loaded.target)
             methods.append(hf(name, draft))
-    methods.append(own(PLAIN, None))
-    methods += [own(parse_drafter(spec)[0], spec) for spec in config.drafter_specs]
+    # Where nothing is drafted every exact rule is the same; a lossy one must not touch the reference.
+    methods.append(own(PLAIN, None, make_verifier(str(DEFAULTS.verifier)), adaptive=False))
+    methods += [own(parse_drafter(spec)[0], spec, verifier) for spec in config.drafter_specs]
     if config.synthetic_acceptance is not None:
-        proposer, judge = synthetic_pair(config.synthetic_acceptance, ends)
-        methods.append(
-            Speculative(
-                SYNTHETIC,
-                f"{SYNTHETIC}:{config.synthetic_acceptance}",
-                loaded.engine,
-                proposer,
-                judge,
-                ends,
-                config.temperature,
-                config.seed,
-                FixedBudget(config.max_nodes),
-                clock,
-            )
-        )
+        drafter, judge = synthetic_pair(config.synthetic_acceptance, ends)
+        spec = f"{SYNTHETIC}:{config.synthetic_acceptance}"
+        methods.append(own(SYNTHETIC, spec, judge, drafter, adaptive=False))
     return methods, skipped
 
 
@@ -139,13 +130,13 @@ def _check_prompts(config: BenchConfig, loaded: Loaded, prompts: Sequence[Prompt
         for turn in range(len(prompt.turns)):
             ids = render_turns(loaded.tokenizer, prompt, [""] * turn)
             what = f"question {prompt.question_id}" + (f", turn {turn + 1} (with its earlier answers)" if turn else "")
-            check_prompt(loaded.engine, ids, (turn + 1) * config.max_new_tokens, what)
+            check_prompt(loaded.target, ids, (turn + 1) * config.max_new_tokens, what)
 
 
 def _provenance(config: BenchConfig, loaded: Loaded, command: Sequence[str], num_prompts: int) -> dict[str, Any]:
     models = all_model_facts(config.target, config.drafter_models)
     settings = {**asdict(config), "drafters": config.drafter_specs, "num_prompts": num_prompts}
-    settings |= {"context_limit": loaded.engine.context_length, "trees": not loaded.engine.chain_only}
+    settings |= {"context_limit": loaded.target.context_length, "trees": not loaded.target.chain_only}
     return collect(command, dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=settings)
 
 
@@ -208,7 +199,7 @@ class _Bench:
         prompts = []
         for question, given in zip(questions, answers, strict=True):
             ids = render_turns(self.loaded.tokenizer, question.prompt, given)
-            check_prompt(self.loaded.engine, ids, self.config.max_new_tokens, f"question {question.prompt.question_id}")
+            check_prompt(self.loaded.target, ids, self.config.max_new_tokens, f"question {question.prompt.question_id}")
             prompts.append(tuple(ids))
         return Batch(tuple(prompts), tuple(q.number for q in questions), self.config.max_new_tokens)
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from specdec.cli import options
-from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.hub.catalog import DEFAULT_MODEL
+from specdec.settings import DEFAULTS
 
 if TYPE_CHECKING:
     from specdec.cli.loading import Loaded
@@ -34,10 +34,10 @@ def generate(
         typer.Option(
             "--drafter", metavar=options.DRAFTER_FORM, help=f"The drafter; see specdec doctor. {options.QUOTING}"
         ),
-    ] = DEFAULT_DRAFTER,
+    ] = str(DEFAULTS.drafter),
     drafter_model: options.DrafterModel = None,
-    verifier: options.Verifier = DEFAULT_VERIFIER,
-    max_new_tokens: options.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
+    verifier: options.Verifier = str(DEFAULTS.verifier),
+    max_new_tokens: options.MaxNewTokens = options.DEFAULT_MAX_NEW_TOKENS,
     temperature: options.OwnTemperature = None,
     top_k: Annotated[
         int | None,
@@ -53,7 +53,7 @@ def generate(
         ),
     ] = None,
     seed: options.Seed = 0,
-    max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
+    max_nodes: options.MaxNodes = DEFAULTS.max_nodes,
     adaptive: options.Adaptive = True,
     config: options.Config = None,
     accelerate: options.Accelerate = True,
@@ -105,13 +105,13 @@ def generate(
     loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
     options.warn_config(tuned, loaded.model)
     ids = _render(loaded.tokenizer, text, system, chat)
-    check_prompt(loaded.engine, ids, max_new_tokens, "the prompt")
+    check_prompt(loaded.target, ids, max_new_tokens, "the prompt")
     # A tuned file also says what passes cost here.
     is_file = config is not None and config.suffix == ".json"
     asked: dict[str, Any] = {
         "drafter": str(config) if is_file else drafter,
         "verifier": rule,
-        "draft_model": loaded.own_draft_models or None,
+        "draft_model": loaded.runtime.draft_models or None,
         "max_nodes": max_nodes,
         "adaptive": adaptive,
         "cuda_graphs": cuda_graphs,
@@ -246,8 +246,8 @@ def _generate(
     from specdec.cli.saved import generation_config, silent_transformers
     from specdec.errors import UnsupportedOptionError
 
-    model = loaded.engine.model
-    input_ids = torch.tensor([ids], device=loaded.engine.device)
+    model = loaded.target.model
+    input_ids = torch.tensor([ids], device=loaded.target.device)
     with generation_config(model, is_saved=is_saved), silent_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* was tuned for ")  # told already
         try:

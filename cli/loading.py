@@ -9,12 +9,11 @@ from typing import Any
 
 from specdec.cli.saved import end_ids
 from specdec.cli.text import tell
-from specdec.cpu.accelerate import accelerated
-from specdec.cuda.graphs import graph_pool, kernel_copy
 from specdec.engine.causal_lm import CausalLM
 from specdec.errors import ModelUnavailableError, UnsupportedModelError
 from specdec.hub.catalog import is_fetched, known_models, model_path
 from specdec.hub.load import load_model, load_tokenizer
+from specdec.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +21,13 @@ class Loaded:
     """A target, ready to decode."""
 
     model: Any  # as transformers runs it
-    engine: CausalLM  # as we run it: on a CPU with packed layers, unless that was declined
+    runtime: Runtime  # as we run it: on a CPU with packed layers, unless that was declined
     tokenizer: Any
     draft_models: tuple[Any, ...]  # as transformers runs them
-    own_draft_models: tuple[Any, ...]  # the same, as we run them
+
+    @property
+    def target(self) -> CausalLM:
+        return self.runtime.target
 
     @property
     def dtype(self) -> str:
@@ -56,14 +58,8 @@ def load(
         _check_tokenizers(tokenizer, name)
     drafts = tuple(load_model(name, dtype=dtype, device=device, progress=tell) for name in draft_models)
 
-    def ours(plain: Any) -> Any:
-        if cuda_graphs:
-            return kernel_copy(plain)
-        return accelerated(plain, in_place=not compare) if accelerate else plain
-
-    run = ours(model)
-    replays = graph_pool(run) if cuda_graphs else None
-    return Loaded(model, CausalLM(run, replays=replays), tokenizer, drafts, tuple(map(ours, drafts)))
+    runtime = Runtime(model, drafts, accelerate=accelerate, cuda_graphs=cuda_graphs, in_place=not compare)
+    return Loaded(model, runtime, tokenizer, drafts)
 
 
 def _check_tokenizers(tokenizer: Any, draft_model: str) -> None:

@@ -14,15 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from specdec.budget import Budget
 from specdec.cli.details import Details, details
 from specdec.cli.saved import neutral_config
 from specdec.decode import Decoder
-from specdec.distributions import WarperTransform
 from specdec.engine.causal_lm import CausalLM
-from specdec.interfaces import Drafter, Row, Step, Verifier
-from specdec.rng import PhiloxRng
-from specdec.sampling import SamplingParams
+from specdec.interfaces import Row, Step
 
 Clock = Callable[[], float]
 
@@ -127,29 +123,21 @@ class Speculative:
 
     name: str
     drafter: str | None
-    engine: CausalLM
-    proposer: Drafter
-    rule: Verifier
+    decoder: Decoder
+    target: CausalLM
     eos_ids: frozenset[int]
-    temperature: float
-    seed: int
-    budget: Budget
     clock: Clock = time.perf_counter
     is_detailed: bool = False  # also look behind each step; the time for it is left out of the measurement
 
     @property
     def verifier(self) -> str:
-        return self.rule.name
+        return self.decoder.verifier.name
 
     @property
     def lossless(self) -> bool:
-        return self.rule.lossless
+        return self.decoder.verifier.lossless
 
     def run(self, batch: Batch) -> Output:
-        logits_transform, rng = WarperTransform(SamplingParams(self.temperature)), PhiloxRng(self.seed)
-        decoder = Decoder(
-            self.engine, self.proposer, self.rule, logits_transform, rng, self._is_at_end, self.budget, self.clock
-        )
         rows = [
             Row(key, list(ids), len(ids) + batch.max_new_tokens)
             for key, ids in zip(batch.keys, batch.prompts, strict=True)
@@ -160,7 +148,7 @@ class Speculative:
         model_s = self._model_s()
         started = self.clock()
         first = started
-        for emission in decoder.run(rows):
+        for emission in self.decoder.run(rows):
             if not steps:
                 first = self.clock()
             steps.append(emission.step)
@@ -181,14 +169,14 @@ class Speculative:
             model_s=self._model_s() - model_s,
         )
 
-    def _is_at_end(self, row: Row) -> bool:
-        return row.tokens[-1] in self.eos_ids
-
     def _model_s(self) -> float:
-        """Seconds inside models so far: the target's and those of every draft model, also of a hybrid's parts."""
-        parts = getattr(self.proposer, "parts", (self.proposer,))
-        engines = [part.engine for part in parts if hasattr(part, "engine")]
-        return self.engine.model_s + sum(float(engine.model_s) for engine in engines)
+        """Seconds inside models so far: the target's and those that the drafter runs."""
+        return self.target.model_s + self.decoder.drafter.model_s
+
+
+def ends_with(eos_ids: frozenset[int]) -> Callable[[Row], bool]:
+    """Whether a row's newest token is one of ``eos_ids``."""
+    return lambda row: row.tokens[-1] in eos_ids
 
 
 @contextmanager

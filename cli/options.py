@@ -1,4 +1,4 @@
-"""Options that several commands share, each with its help text. Defaults come from specdec.defaults."""
+"""Options that several commands share, each with its help text. What belongs to specdec.settings takes its words from there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from specdec.settings import meaning
 
 if TYPE_CHECKING:
     from specdec.records.tuned import Tuned
@@ -17,6 +19,7 @@ Target = Annotated[
         "--target", metavar="MODEL", help="The model to generate with: a built-in name, a folder or a Hub id."
     ),
 ]
+DEFAULT_MAX_NEW_TOKENS = 128
 DRAFTER_FORM = "NAME[:OPTION=VALUE,...]"
 QUOTING = """A value with a comma stands in quotes: 'eagle:path="a,b"'."""
 
@@ -28,7 +31,7 @@ DrafterModel = Annotated[
         help="The draft model, for drafters that run one; given again, their trees are merged.",
     ),
 ]
-Verifier = Annotated[str, typer.Option("--verifier", metavar="NAME", help="The verification rule; see specdec doctor.")]
+Verifier = Annotated[str, typer.Option("--verifier", metavar="NAME", help=f"{meaning('verifier')} See specdec doctor.")]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", metavar="N", help="The most tokens to generate for one prompt.")
 ]
@@ -41,32 +44,11 @@ OwnTemperature = Annotated[
     ),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 is greedy decoding.")]
-Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Of the sampling noise; the same seed gives the same text.")
-]
-MaxNodes = Annotated[
-    int, typer.Option("--max-nodes", metavar="N", help="The largest draft tree, in tokens; 0 drafts nothing.")
-]
-Adaptive = Annotated[
-    bool,
-    typer.Option(
-        "--adaptive/--fixed",
-        help="Size each tree by what it brings and costs here, down to none; or always --max-nodes.",
-    ),
-]
-Accelerate = Annotated[
-    bool,
-    typer.Option(
-        "--accelerate/--no-accelerate", help="On a CPU, run the models with packed layers; only near ties may differ."
-    ),
-]
-CudaGraphs = Annotated[
-    bool,
-    typer.Option(
-        "--cuda-graphs/--no-cuda-graphs",
-        help="On a GPU, run on our attention kernels and replay passes as CUDA graphs.",
-    ),
-]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help=meaning("seed"))]
+MaxNodes = Annotated[int, typer.Option("--max-nodes", metavar="N", help=meaning("max_nodes"))]
+Adaptive = Annotated[bool, typer.Option("--adaptive/--fixed", help=meaning("adaptive"))]
+Accelerate = Annotated[bool, typer.Option("--accelerate/--no-accelerate", help=meaning("accelerate"))]
+CudaGraphs = Annotated[bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=meaning("cuda_graphs"))]
 Dtype = Annotated[
     str,
     typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16; auto is float32 on the CPU."),

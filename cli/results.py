@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdec.cli import options
 from specdec.cli.matching import Judge
 from specdec.cli.measure import Batch, Method, Output
 from specdec.cli.synthetic import parse_acceptance
-from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
-from specdec.drafters import parse_drafter
+from specdec.drafters import auto_drafter, parse_drafter
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import resolve_device, resolve_dtype
 from specdec.records.prompts import BUILTIN, Prompt
 from specdec.rng import PhiloxRng
 from specdec.sampling import SamplingParams
+from specdec.settings import DEFAULTS
 from specdec.verifiers import make_verifier
 
 
@@ -30,14 +31,14 @@ class BenchConfig:
     target: str = DEFAULT_MODEL
     drafters: tuple[str, ...] = ()  # none named: the default one, or "model" where a draft model is given
     drafter_models: tuple[str, ...] = ()
-    verifier: str = DEFAULT_VERIFIER
+    verifier: str = str(DEFAULTS.verifier)
     prompts: str = BUILTIN
     limit: int | None = None
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    max_new_tokens: int = options.DEFAULT_MAX_NEW_TOKENS
     batch_size: int = 1
     temperature: float = 0.0
     seed: int = 0
-    max_nodes: int = DEFAULT_MAX_NODES
+    max_nodes: int = DEFAULTS.max_nodes
     adaptive: bool = True
     accelerate: bool = True
     cuda_graphs: bool = False
@@ -65,7 +66,7 @@ class BenchConfig:
     @property
     def drafter_specs(self) -> list[str]:
         """The drafters to measure, each once; plain decoding is always measured and is no drafter."""
-        default = "model" if self.drafter_models else DEFAULT_DRAFTER
+        default = auto_drafter(bool(self.drafter_models))
         return [spec for spec in dict.fromkeys(self.drafters or (default,)) if parse_drafter(spec)[0] != "none"]
 
 

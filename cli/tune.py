@@ -13,9 +13,9 @@ import typer
 
 from specdec.cli import options
 from specdec.cli.text import tell
-from specdec.defaults import DEFAULT_MAX_NODES, DEFAULT_VERIFIER
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.records.prompts import BUILTIN
+from specdec.settings import DEFAULTS
 
 if TYPE_CHECKING:
     from specdec.cli.loading import Loaded
@@ -38,7 +38,7 @@ def tune(
         ),
     ] = None,
     drafter_model: options.DrafterModel = None,
-    verifier: options.Verifier = DEFAULT_VERIFIER,
+    verifier: options.Verifier = str(DEFAULTS.verifier),
     batch_size: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes to tune for.")] = "1",
     prompts: Annotated[
         str, typer.Option(metavar="FILE", help=f"JSONL as for bench; {BUILTIN}: our own suite.")
@@ -46,7 +46,7 @@ def tune(
     limit: Annotated[int | None, typer.Option(metavar="N", help="Take N prompts only, spread over the file.")] = None,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
-    max_nodes: options.MaxNodes = DEFAULT_MAX_NODES,
+    max_nodes: options.MaxNodes = DEFAULTS.max_nodes,
     accelerate: options.Accelerate = True,
     cuda_graphs: options.CudaGraphs = False,
     dtype: options.Dtype = "auto",
@@ -89,9 +89,11 @@ def tune(
         parse_drafter(spec)
     rule, params = make_verifier(verifier), SamplingParams(temperature)
     loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
-    specs = _specs(asked, can_tree=not any(CausalLM(model).chain_only for model in loaded.own_draft_models))
+    specs = _specs(asked, can_tree=not any(CausalLM(model).chain_only for model in loaded.runtime.draft_models))
     ids = _prompt_ids(loaded, prompts, limit, max_new_tokens)
-    setting = Setting(loaded.engine, rule, loaded.own_draft_models, params, eos_ids(loaded.model), max_new_tokens)
+    setting = Setting(
+        loaded.target, rule, tuple(loaded.runtime.draft_models), params, eos_ids(loaded.model), max_new_tokens
+    )
     models = all_model_facts(target, drafter_model or ())
     found = {str(size): _tune(setting, specs, ids, size, max_nodes, seconds) for size in sizes}
     told = {
@@ -147,7 +149,7 @@ def _prompt_ids(loaded: Loaded, source: str, limit: int | None, max_new_tokens: 
     found = []
     for prompt in known:
         ids = list(render_turns(loaded.tokenizer, prompt, []))
-        check_prompt(loaded.engine, ids, max_new_tokens, f"question {prompt.question_id}")
+        check_prompt(loaded.target, ids, max_new_tokens, f"question {prompt.question_id}")
         found.append(ids)
     return found
 

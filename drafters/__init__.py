@@ -12,22 +12,16 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from specdec.interfaces import DraftContext, Drafter
 
 ENTRY_POINTS = "specdec.drafters"
 
-# Name -> module with a function build(context) -> Drafter; imported when asked for.
+# Name -> module with a function build(context) -> Drafter, imported when asked for: every file of this folder is one.
 DRAFTERS: dict[str, str] = {
-    "none": "specdec.drafters.none",
-    "ngram": "specdec.drafters.ngram",
-    "suffix": "specdec.drafters.suffix",
-    "recycling": "specdec.drafters.recycling",
-    "model": "specdec.drafters.model",
-    "medusa": "specdec.drafters.medusa",
-    "eagle": "specdec.drafters.eagle",
-    "hybrid": "specdec.drafters.hybrid",
+    module.name: f"{__name__}.{module.name}" for module in iter_modules(__path__) if not module.ispkg
 }
 
 Build = Callable[[DraftContext], Drafter]
@@ -91,6 +85,11 @@ def format_drafter(name: str, options: Mapping[str, Any]) -> str:
     """The text that ``parse_drafter`` reads as ``name`` and ``options``, values being text, numbers, booleans or None."""
     written = ",".join(f"{key}={_written(value)}" for key, value in options.items())
     return f"{name}:{written}" if written else name
+
+
+def auto_drafter(has_draft_model: bool) -> str:
+    """What drafter ``auto`` stands for: a draft model if there is one, else the best of what needs no training."""
+    return "model" if has_draft_model else "hybrid"
 
 
 def make_drafter(text: str, context: DraftContext) -> Drafter:

@@ -45,6 +45,10 @@ class EagleDrafter(Drafter):
         return True
 
     @property
+    def model_s(self) -> float:
+        return self.engine.model_s
+
+    @property
     def is_drawing(self) -> bool:
         """Whether its nodes are drawn: then all of them must be verified."""
         return self.children.is_drawn

@@ -56,6 +56,10 @@ class HybridDrafter(Drafter):
         return any(part.drafts_by_level for part in self.parts)
 
     @property
+    def model_s(self) -> float:
+        return sum(part.model_s for part in self.parts)
+
+    @property
     def is_drawing(self) -> bool:
         """Whether any part is."""
         return bool(self._drawing)

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec.generation.wrapper import SpeculativeOutput, custom_generate, generate
+    from specdec.generation.batch import SpeculativeOutput
+    from specdec.generation.wrapper import custom_generate, generate
     from specdec.hub.load import load_model, load_tokenizer
     from specdec.stats import Stats
     from specdec.tree import Draw, TokenTree
@@ -19,7 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "generate": "specdec.generation.wrapper",
     "custom_generate": "specdec.generation.wrapper",
-    "SpeculativeOutput": "specdec.generation.wrapper",
+    "SpeculativeOutput": "specdec.generation.batch",
     "Stats": "specdec.stats",
     "load_model": "specdec.hub.load",
     "load_tokenizer": "specdec.hub.load",

@@ -14,11 +14,11 @@ from itertools import islice
 from typing import Protocol
 
 from specdec.budget import Budget, FixedBudget
-from specdec.defaults import DEFAULT_MAX_NODES
 from specdec.distributions import LogitsTransform
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetDistributions, Verdict, Verifier
 from specdec.release import call_all
 from specdec.rng import Rng
+from specdec.settings import DEFAULTS
 from specdec.tree import TokenTree
 
 
@@ -75,7 +75,7 @@ class Decoder:
     logits_transform: LogitsTransform
     rng: Rng
     stop: Callable[[Row], bool]  # asked after each emitted token
-    budget: Budget = field(default_factory=lambda: FixedBudget(DEFAULT_MAX_NODES))
+    budget: Budget = field(default_factory=lambda: FixedBudget(DEFAULTS.max_nodes))
     clock: Callable[[], float] = time.perf_counter
     decide: Decide | None = None  # None: RowByRow
 

@@ -170,6 +170,11 @@ class Drafter(Protocol):
         return False
 
     @property
+    def model_s(self) -> float:
+        """Seconds inside forward passes that it ran itself, so far."""
+        return 0.0
+
+    @property
     def is_drawing(self) -> bool:
         """Whether its trees may hold drawn nodes: a hybrid keeps these whole, and divides the limit beforehand."""
         return False

@@ -1,22 +1,22 @@
-"""Verification rules, and the table of their names. The facts behind them are in docs/verification.md."""
+"""Verification rules: every file of this folder is one. The facts behind them are in docs/verification.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
 
 from specdec.interfaces import Verifier
-from specdec.verifiers.block import BlockVerifier
-from specdec.verifiers.match import MatchVerifier
-from specdec.verifiers.rejection import RejectionVerifier
-from specdec.verifiers.traversal import TraversalVerifier
-from specdec.verifiers.typical import TypicalVerifier
+
+
+def _build(name: str) -> Verifier:
+    verifier: Verifier = import_module(f"{__name__}.{name}").build()
+    return verifier
+
 
 VERIFIERS: dict[str, Callable[[], Verifier]] = {
-    "match": MatchVerifier,
-    "rejection": RejectionVerifier,
-    "block": BlockVerifier,
-    "traversal": TraversalVerifier,
-    "typical": TypicalVerifier,
+    module.name: partial(_build, module.name) for module in iter_modules(__path__) if not module.ispkg
 }
 
 

@@ -35,3 +35,6 @@ class MatchVerifier:
         if target.is_greedy:
             return follow(tree, lambda node, _: target.best(node))
         return follow(tree, lambda node, depth: rng.draw(target.probs(node), depth))
+
+
+build = MatchVerifier  # what the name of this file stands for

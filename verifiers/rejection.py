@@ -69,3 +69,6 @@ def _try_children(
         residual = normalised(subtract(residual, draft_probs, token), residual)
         draft.reject(child)
     return None, residual
+
+
+build = RejectionVerifier  # what the name of this file stands for

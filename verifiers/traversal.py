@@ -88,3 +88,6 @@ def _delete_first(parent: _Visit, tree: TokenTree) -> None:
     parent.residual = normalised(left, parent.residual)
     parent.keep_prob = mass / (mass + (1 - parent.keep_prob)) if mass > 0 else 0.0
     parent.draft.reject(child)
+
+
+build = TraversalVerifier  # what the name of this file stands for

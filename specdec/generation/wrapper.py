@@ -6,47 +6,27 @@ through its own hook, ``custom_generate``. What the hook drops is carried around
 
 from __future__ import annotations
 
-import math
-import sys
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import MaxLengthCriteria
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.budget import PassCosts, make_budget
 from specdec.checks import whole_number
-from specdec.cpu.accelerate import accelerated_copy
-from specdec.cuda.batch_verdicts import BatchVerdicts
-from specdec.cuda.graphs import graph_pool, kernel_copy
 from specdec.decode import Decoder, Emission
-from specdec.defaults import DEFAULT_DRAFTER, DEFAULT_MAX_NODES, DEFAULT_VERIFIER
-from specdec.distributions import NodeDistributions
-from specdec.drafters import make_drafter, tuned_file
-from specdec.engine.causal_lm import CausalLM
-from specdec.engine.model_state import ModelState
 from specdec.engine.wrapped import what_runs
 from specdec.generation.arguments import DraftModels, as_models, check_call, check_callable, drafter_of, verifier_of
+from specdec.generation.batch import Batch
 from specdec.generation.caller_objects import Given, arrange
 from specdec.generation.hook import Call, Dropped, check_dropped, dropped_arguments, heal_tokens, take_stop_strings
 from specdec.generation.options import check_generation_config, check_inputs
 from specdec.generation.streaming import Stream
-from specdec.interfaces import DraftContext, Drafter, Row, Step, Verifier
-from specdec.records.tuned import load_tuned
+from specdec.interfaces import Drafter, Step, Verifier
 from specdec.rng import PhiloxRng
+from specdec.runtime import Runtime, as_verifier
+from specdec.settings import DEFAULTS, Settings
 from specdec.stats import Stats
-
-
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
-    """What ``generate()`` returns with ``return_dict_in_generate``, and the acceptance statistics."""
-
-    stats: Stats | None = None
 
 
 def generate(
@@ -60,14 +40,14 @@ def generate(
     assistant_model: Any | None = None,
     streamer: Any | None = None,
     *,
-    drafter: str | Path | Drafter = DEFAULT_DRAFTER,
-    verifier: str | Verifier = DEFAULT_VERIFIER,
+    drafter: str | Path | Drafter = DEFAULTS.drafter,
+    verifier: str | Verifier = DEFAULTS.verifier,
     draft_model: Any | None = None,
-    seed: int | None = None,
-    max_nodes: int = DEFAULT_MAX_NODES,
-    adaptive: bool = True,
-    accelerate: bool = False,
-    cuda_graphs: bool = False,
+    seed: int | None = DEFAULTS.seed,
+    max_nodes: int = DEFAULTS.max_nodes,
+    adaptive: bool = DEFAULTS.adaptive,
+    accelerate: bool = DEFAULTS.accelerate,
+    cuda_graphs: bool = DEFAULTS.cuda_graphs,
     on_step: Callable[[Step], None] | None = None,
     on_emission: Callable[[Emission], None] | None = None,
     tokenizer: Any | None = None,
@@ -121,19 +101,16 @@ def generate(
     with Stream(streamer) as stream:
         check_call(model, inputs, generation_config, kwargs)
         check_dropped(Dropped(streamer, assistant_model, synced_gpus))
-        loop = custom_generate(
-            drafter,
-            verifier,
-            draft_model=draft_model,
+        settings = Settings(
+            drafter=drafter,
+            verifier=verifier,
             seed=seed,
             max_nodes=max_nodes,
             adaptive=adaptive,
             accelerate=accelerate,
             cuda_graphs=cuda_graphs,
-            on_step=on_step,
-            on_emission=on_emission,
-            streamer=stream,
         )
+        loop = _Loop.of(settings, draft_model, on_step, on_emission, stream)
         call = Call(model, inputs, generation_config, kwargs)
         take_stop_strings(call, tokenizer)
         heal_tokens(call, tokenizer)
@@ -141,15 +118,15 @@ def generate(
 
 
 def custom_generate(
-    drafter: str | Path | Drafter = DEFAULT_DRAFTER,
-    verifier: str | Verifier = DEFAULT_VERIFIER,
+    drafter: str | Path | Drafter = DEFAULTS.drafter,
+    verifier: str | Verifier = DEFAULTS.verifier,
     *,
     draft_model: Any | None = None,
-    seed: int | None = None,
-    max_nodes: int = DEFAULT_MAX_NODES,
-    adaptive: bool = True,
-    accelerate: bool = False,
-    cuda_graphs: bool = False,
+    seed: int | None = DEFAULTS.seed,
+    max_nodes: int = DEFAULTS.max_nodes,
+    adaptive: bool = DEFAULTS.adaptive,
+    accelerate: bool = DEFAULTS.accelerate,
+    cuda_graphs: bool = DEFAULTS.cuda_graphs,
     on_step: Callable[[Step], None] | None = None,
     on_emission: Callable[[Emission], None] | None = None,
     streamer: Any | None = None,
@@ -162,38 +139,47 @@ def custom_generate(
     Raises:
         ValueError: an argument of another kind than it must be; the message says which.
     """
-    Stream(streamer)  # refuses what is none
-    check_callable("on_step", on_step)
-    return _Loop(
-        drafter_of(drafter),
-        verifier_of(verifier),
-        as_models(draft_model),
-        None if seed is None else PhiloxRng(seed),
-        whole_number("max_nodes", max_nodes),
-        adaptive,
-        accelerate,
-        cuda_graphs,
-        on_step,
-        on_emission,
-        streamer,
+    settings = Settings(
+        drafter=drafter,
+        verifier=verifier,
+        seed=seed,
+        max_nodes=max_nodes,
+        adaptive=adaptive,
+        accelerate=accelerate,
+        cuda_graphs=cuda_graphs,
     )
+    return _Loop.of(settings, draft_model, on_step, on_emission, streamer)
 
 
 @dataclass(frozen=True, slots=True)
 class _Loop:
     """What ``model.generate`` calls when it has prepared everything."""
 
-    drafter: str | Path | Drafter
-    verifier: Verifier
+    settings: Settings
     draft_models: Sequence[Any]
-    rng: PhiloxRng | None
-    max_nodes: int
-    adaptive: bool
-    accelerate: bool
-    cuda_graphs: bool
     on_step: Callable[[Step], None] | None
     on_emission: Callable[[Emission], None] | None
     streamer: Any | None
+
+    @classmethod
+    def of(cls, settings: Settings, draft_model: Any, on_step: Any, on_emission: Any, streamer: Any) -> _Loop:
+        """Everything checked before a model runs.
+
+        Raises:
+            ValueError: an argument of another kind than it must be.
+        """
+        Stream(streamer)  # refuses what is none
+        check_callable("on_step", on_step)
+        check_callable("on_emission", on_emission)
+        if settings.seed is not None:
+            PhiloxRng(settings.seed)
+        checked = replace(
+            settings,
+            drafter=drafter_of(settings.drafter),
+            verifier=verifier_of(settings.verifier),
+            max_nodes=whole_number("max_nodes", settings.max_nodes),
+        )
+        return cls(checked, as_models(draft_model), on_step, on_emission, streamer)
 
     def __call__(
         self,
@@ -213,21 +199,19 @@ class _Loop:
             check_generation_config(generation_config)
             padding = check_inputs(input_ids, model_kwargs)
             stream = found if found.is_open else given
-            batch = _Batch(input_ids, padding, generation_config, stopping_criteria, stream)
+            batch = Batch(input_ids, padding, generation_config, stopping_criteria, stream)
             return self._run(self._decoder(model, batch, logits_processor), batch)
 
-    def _decoder(self, model: Any, batch: _Batch, processors: Sequence[Any]) -> Decoder:
-        ours = kernel_copy if self.cuda_graphs else accelerated_copy if self.accelerate else lambda plain: plain
-        run_model = ours(what_runs(model))
-        target = CausalLM(run_model, replays=graph_pool(run_model) if self.cuda_graphs else None)
-        drafts = DraftModels([ours(each) for each in self.draft_models])
-        plan = _plan(self.drafter, self.max_nodes, self.adaptive, target.model, len(batch.rows))
-        named = plan.drafter
-        context = DraftContext(target, self.verifier, drafts)
-        proposer = make_drafter(named, context) if isinstance(named, str) else named
-        if named is self.drafter:  # a tuned file may name a drafter that runs a model for other batches only
-            drafts.check_use(proposer.name)
-        budget = make_budget(plan.max_nodes, plan.adaptive, plan.costs)
+    def _decoder(self, model: Any, batch: Batch, processors: Sequence[Any]) -> Decoder:
+        settings, num_rows = self.settings, len(batch.rows)
+        runtime = Runtime(
+            what_runs(model), self.draft_models, accelerate=settings.accelerate, cuda_graphs=settings.cuda_graphs
+        )
+        verifier = as_verifier(settings.verifier)
+        drafts, named = DraftModels(runtime.draft_models), runtime.plan(settings, num_rows).drafter
+        drafter = runtime.drafter(named, verifier, drafts)
+        if named is settings.drafter:  # a tuned file may name a drafter that runs a model for other batches only
+            drafts.check_use(drafter.name)
         given = Given(
             batch.input_ids,
             batch.padding_tokens,
@@ -235,16 +219,20 @@ class _Loop:
             batch.criteria,
             batch.config,
             model,
-            target.vocab_size,
+            runtime.target.vocab_size,
         )
-        asked = arrange(given, self.verifier, target)
-        rng = self.rng or PhiloxRng(int(torch.randint(2**62, ()).item()))
-        decide = asked.decide(self.verifier, rng) or BatchVerdicts(self.verifier, asked.logits_transform, rng)
-        return Decoder(
-            asked.target, proposer, self.verifier, asked.logits_transform, rng, asked.stop, budget, decide=decide
+        asked = arrange(given, verifier, runtime.target)
+        return runtime.decoder(
+            settings,
+            asked.logits_transform,
+            asked.stop,
+            drafter=drafter,
+            target=asked.target,
+            decide=asked.decide,
+            num_rows=num_rows,
         )
 
-    def _run(self, decoder: Decoder, batch: _Batch) -> Any:
+    def _run(self, decoder: Decoder, batch: Batch) -> Any:
         stats = Stats()
         batch.begin()
         for emission in decoder.run(batch.rows):
@@ -256,119 +244,3 @@ class _Loop:
             batch.collect(emission)
             del emission  # it holds what the pass computed, whose room the next pass may need
         return batch.result(stats)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What decides on drafts, whether named in the call or by a tuned file."""
-
-    drafter: str | Drafter
-    max_nodes: int
-    adaptive: bool
-    costs: PassCosts
-
-
-def _plan(drafter: str | Path | Drafter, max_nodes: int, adaptive: bool, model: Any, num_rows: int) -> _Plan:
-    file = tuned_file(drafter) if isinstance(drafter, str | Path) else None
-    if file is None:
-        assert not isinstance(drafter, Path)
-        return _Plan(drafter, max_nodes, adaptive, ModelState.of(model).costs())
-    tuned = load_tuned(file)
-    warning = tuned.warning(model)
-    if warning is not None:
-        warnings.warn(warning, stacklevel=2)
-    entry = tuned.nearest(num_rows)
-    costs = ModelState.of(model).costs(PassCosts if warning else tuned.costs)
-    return _Plan(entry.drafter, entry.max_nodes, entry.adaptive, costs)
-
-
-@dataclass(slots=True)
-class _Batch:
-    """The rows of one call: what goes in as a padded tensor comes out as one."""
-
-    input_ids: Tensor  # (B, L)
-    padding: list[int]  # (B,) masked tokens on the left
-    config: Any
-    criteria: Sequence[Any]
-    stream: Stream
-    rows: list[Row] = field(init=False)
-    padding_tokens: dict[int, list[int]] = field(init=False)
-    _num_streamed: int = 0
-    _finished: set[int] = field(default_factory=set)
-    _logits: list[list[Tensor]] = field(init=False)  # for each row and new token (V,)
-    _scores: list[list[Tensor]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        num_new = _num_new_tokens(self.input_ids.shape[1], self.config, self.criteria)
-        tokens = self.input_ids.tolist()
-        self.padding_tokens = {i: t[:n] for i, (t, n) in enumerate(zip(tokens, self.padding, strict=True))}
-        self.rows = [
-            Row(i, t[n:], len(t) - n + num_new) for i, (t, n) in enumerate(zip(tokens, self.padding, strict=True))
-        ]
-        are_padded = any(hasattr(c, "eos_token_id") for c in self.criteria)
-        if are_padded and self.config._pad_token_tensor is None and len(tokens) > 1:
-            raise ValueError("rows that end before others are filled with pad_token_id, which is not set; pass it")
-        self._logits = [[] for _ in tokens]
-        self._scores = [[] for _ in tokens]
-
-    def begin(self) -> None:
-        """Show the prompts to the stream."""
-        self.stream.put_prompt(self.input_ids)
-
-    def collect(self, emission: Emission) -> None:
-        """Stream what every row has reached, and keep logits if they were asked for."""
-        row, nodes = emission.row.key, emission.step.nodes
-        if emission.step.finished:
-            self._finished.add(row)
-        if self.config.return_dict_in_generate and self.config.output_logits:
-            self._logits[row] += [self._kept(emission.scores.logits[node]) for node in nodes]
-        if self.config.return_dict_in_generate and self.config.output_scores:
-            assert isinstance(emission.probs, NodeDistributions)
-            self._scores[row] += [self._kept(emission.probs.scores(node)) for node in nodes]
-        if self.stream.is_open:
-            self._stream()
-
-    def _kept(self, scores: Tensor) -> Tensor:
-        """A copy (V,) as generate() returns it; a view would keep everything that the pass computed."""
-        return scores.to(self.input_ids.device, torch.float32, copy=True)
-
-    def _stream(self) -> None:
-        columns = min([self._num_new, *(r.num_emitted for r in self.rows if r.key not in self._finished)])
-        for i in range(self._num_streamed, columns):
-            column = [r.tokens[r.num_prompt + i] if i < r.num_emitted else self._pad for r in self.rows]
-            self.stream.put(torch.tensor(column))
-        self._num_streamed = max(columns, self._num_streamed)
-
-    @property
-    def _num_new(self) -> int:
-        return max(row.num_emitted for row in self.rows)
-
-    @property
-    def _pad(self) -> int:
-        pad = self.config._pad_token_tensor
-        return 0 if pad is None else int(pad)
-
-    def result(self, stats: Stats) -> Any:
-        num_new = self._num_new
-        new = [(r.tokens[r.num_prompt :] + [self._pad] * (num_new - r.num_emitted))[:num_new] for r in self.rows]
-        sequences = torch.cat([self.input_ids, torch.tensor(new, device=self.input_ids.device)], 1)
-        if not self.config.return_dict_in_generate:
-            return sequences
-        return SpeculativeOutput(
-            sequences=sequences,
-            scores=_by_step(self._scores, num_new) if self.config.output_scores else None,
-            logits=_by_step(self._logits, num_new) if self.config.output_logits else None,
-            stats=stats,
-        )
-
-
-def _by_step(rows: Sequence[Sequence[Tensor]], num_new: int) -> tuple[Tensor, ...]:
-    """For each step (B, V); zeros where a row had ended."""
-    blank = torch.zeros_like(rows[0][0])
-    return tuple(torch.stack([r[i] if i < len(r) else blank for r in rows]) for i in range(num_new))
-
-
-def _num_new_tokens(width: int, config: Any, criteria: Sequence[Any]) -> int:
-    """How many tokens a row of ``width`` may get; generate() takes one before it asks any criterion."""
-    longest: float = min([c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [config.max_length])
-    return max(1, math.ceil(min(longest, sys.maxsize)) - width)

@@ -13,7 +13,7 @@ import torch
 import specdec
 from specdec.cli.generate import _writer
 from specdec.cli.text import TextStream
-from specdec.defaults import DEFAULT_MAX_NODES, DEFAULT_VERIFIER
+from specdec.settings import DEFAULTS
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_every_command_says_what_it_does_and_shows_an_example(specdec_command):
 
 def test_help_shows_the_librarys_own_defaults(specdec_command):
     said = specdec_command("generate", "--help").out
-    assert f"[default: {DEFAULT_MAX_NODES}]" in " ".join(said.split())
-    assert f"[default: {DEFAULT_VERIFIER}]" in " ".join(said.split())
+    assert f"[default: {DEFAULTS.max_nodes}]" in " ".join(said.split())
+    assert f"[default: {DEFAULTS.verifier}]" in " ".join(said.split())
 
 
 def test_the_version_is_the_packages(specdec_command):

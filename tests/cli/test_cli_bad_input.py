@@ -190,7 +190,7 @@ def test_a_system_message_without_a_template(refused, tmp_path):
 
 
 def test_a_fault_of_ours_is_one_line_with_its_own_status(specdec_command, target, monkeypatch):
-    monkeypatch.setattr("specdec.cli.loading.CausalLM", lambda _model, **_: 1 // 0)
+    monkeypatch.setattr("specdec.runtime.CausalLM", lambda _model, **_: 1 // 0)
     ran = specdec_command("generate", "abc", "--target", target)
     assert ran.status == 3
     assert ran.error.startswith("error: unexpected ZeroDivisionError")
@@ -207,7 +207,7 @@ def test_memory_that_runs_out_is_said_in_words(specdec_command, target, monkeypa
     def full(_model, **_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("specdec.cli.loading.CausalLM", full)
+    monkeypatch.setattr("specdec.runtime.CausalLM", full)
     ran = specdec_command("generate", "abc", "--target", target)
     assert ran.status == 2
     assert "use a smaller model" in ran.error
@@ -217,7 +217,7 @@ def test_ctrl_c_while_loading(specdec_command, target, monkeypatch):
     def interrupted(_model, **_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("specdec.cli.loading.CausalLM", interrupted)
+    monkeypatch.setattr("specdec.runtime.CausalLM", interrupted)
     ran = specdec_command("generate", "abc", "--target", target)
     assert ran.status == 130
     assert "Traceback" not in ran.err

@@ -40,10 +40,10 @@ def run(target: str) -> tuple[list[Emission], Any]:
     """Some steps of a tree drafter on a tiny model."""
     loaded = load(target, (), "float32", "cpu", accelerate=False)
     rule = make_verifier("match")
-    drafter = make_drafter("hybrid", DraftContext(loaded.engine, rule, ()))
+    drafter = make_drafter("hybrid", DraftContext(loaded.target, rule, ()))
     logits_transform = WarperTransform(SamplingParams(0.0))
     ends = eos_ids(loaded.model)
-    decoder = Decoder(loaded.engine, drafter, rule, logits_transform, PhiloxRng(0), lambda row: row.tokens[-1] in ends)
+    decoder = Decoder(loaded.target, drafter, rule, logits_transform, PhiloxRng(0), lambda row: row.tokens[-1] in ends)
     ids = list(loaded.tokenizer("abc abc abc abc")["input_ids"])
     return list(decoder.run([Row(0, ids, len(ids) + 30)])), loaded
 

@@ -14,11 +14,11 @@ from toy import PROMPT, Tokens, ToyTarget, context
 
 from specdec.budget import FixedBudget
 from specdec.decode import Decoder
-from specdec.defaults import DEFAULT_MAX_NODES
 from specdec.distributions import LogitsTransform, WarperTransform
 from specdec.interfaces import Drafter, Row, Verifier
 from specdec.rng import Rng, Stream
 from specdec.sampling import SamplingParams
+from specdec.settings import DEFAULTS
 
 Law = Callable[[Tensor, Sequence[int]], Tensor]  # raw logits (V,) and all tokens before -> probabilities (V,)
 Outcome = TypeVar("Outcome", bound=Hashable)
@@ -140,7 +140,7 @@ class Loop:
     target: ToyTarget = field(default_factory=ToyTarget)
     logits_transform: LogitsTransform = field(default_factory=lambda: WarperTransform(SamplingParams()))
     stop_token: int | None = None
-    max_nodes: int = DEFAULT_MAX_NODES
+    max_nodes: int = DEFAULTS.max_nodes
 
     def decoder(self, rng: Rng) -> Decoder:
         return Decoder(
