@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from specdec.budget import make_budget
+from specdec.budget.adaptive import make_budget
 from specdec.cli.loading import all_model_facts, eos_ids, load
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.interfaces import Row

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from specdec.budget import FixedBudget
+from specdec.budget.adaptive import FixedBudget
 from specdec.cli.loading import all_model_facts, eos_ids
 from specdec.cpu.accelerate import accelerated
 from specdec.distributions import WarperTransform

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from specdec.budget import PassCosts, make_budget
+from specdec.budget.adaptive import make_budget
+from specdec.budget.costs import PassCosts
 from specdec.cli.details import token_texts
 from specdec.cli.loading import Loaded, all_model_facts, check_prompt, eos_ids, load
 from specdec.cli.matching import Judge

@@ -132,7 +132,7 @@ def _check(
     Raises:
         ValueError: an unknown name, or a value out of its range.
     """
-    from specdec.budget import make_budget
+    from specdec.budget.adaptive import make_budget
     from specdec.drafters import parse_drafter
     from specdec.rng import PhiloxRng
     from specdec.sampling import SamplingParams

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from specdec.budget import Calibration
+from specdec.budget.calibration import Calibration
 from specdec.drafters.trees.merge import merge
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.release import call_all
@@ -165,7 +165,8 @@ def _learn(calibration: Calibration, proposal: TokenTree, verified: TokenTree, v
         place = known.get((parent, proposal.tokens[node]), -1) if parent >= 0 else -1
         where.append(place)
         if place >= 0:
-            calibration.learn(proposal.estimates[node], place in accepted)
+            above = proposal.estimates[proposal.parents[node]] if parent in accepted else None
+            calibration.learn(proposal.estimates[node], place in accepted, above)
 
 
 def build(context: DraftContext) -> Drafter:

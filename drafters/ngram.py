@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from specdec.hit_counts import count_trial
+from specdec.budget.hit_counts import count_trial
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.rng import Rng
 from specdec.sampling import SamplingParams

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specdec.budget.hit_counts import count_trial
 from specdec.drafters.heads.shipped import SHIPPED, kept, shipped_fault, version
 from specdec.drafters.lookup.successors import (
     NUM_CLASSES,
@@ -36,7 +37,6 @@ from specdec.drafters.lookup.successors import (
     keys_of,
 )
 from specdec.engine.causal_lm import CausalLM
-from specdec.hit_counts import count_trial
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Target, Verdict
 from specdec.records.files import write_file
 from specdec.rng import Rng

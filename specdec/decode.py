@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import Protocol
 
-from specdec.budget import Budget, FixedBudget
+from specdec.budget.adaptive import Budget, FixedBudget
 from specdec.distributions import LogitsTransform
 from specdec.interfaces import Drafter, Limit, Row, Scores, Step, Target, TargetDistributions, Verdict, Verifier
 from specdec.release import call_all
@@ -127,7 +127,8 @@ class Decoder:
         finished = [self._emit(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
         verified = self.clock()
         self.drafter.observe(rows, trees, verdicts, scores)
-        self.budget.learn(rows, trees, verdicts, drafted - started, scored - drafted)
+        # A device may still be at work when ``score`` returns: only the verdict waits for it.
+        self.budget.learn(rows, trees, verdicts, drafted - started, verified - drafted)
         seconds = (drafted - started + self.clock() - verified, scored - drafted, verified - scored)
         shares = [s / len(rows) for s in seconds]
         return [

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from specdec.budget import Budget, PassCosts, make_budget
+from specdec.budget.adaptive import Budget, make_budget
+from specdec.budget.costs import PassCosts
 from specdec.cpu.accelerate import accelerated, accelerated_copy
 from specdec.cuda.batch_verdicts import BatchVerdicts
 from specdec.cuda.graphs import graph_pool, kernel_copy

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from specdec.budget import PassCosts
+from specdec.budget.costs import PassCosts
 
 T = TypeVar("T")
 

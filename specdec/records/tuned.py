@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.budget import PassCosts
+from specdec.budget.costs import PassCosts
 from specdec.records.provenance import machine
 
 SCHEMA = 1

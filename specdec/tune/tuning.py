@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from specdec.budget import AdaptiveBudget, Budget, Calibration, FixedBudget, PassCosts, make_budget
+from specdec.budget.adaptive import AdaptiveBudget, Budget, FixedBudget, make_budget
+from specdec.budget.calibration import Calibration
+from specdec.budget.costs import PassCosts
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
 from specdec.drafters import format_drafter, make_drafter, parse_drafter
@@ -116,7 +118,7 @@ class Recorder(FixedBudget):
         trees: Sequence[TokenTree],
         verdicts: Sequence[Verdict],
         draft_s: float,
-        score_s: float,
+        pass_s: float,
     ) -> None:
         if all(row.num_steps > 1 for row in rows):  # a row's first pass holds its prompt
             drafts = [Draft(tree, frozenset(v.nodes)) for tree, v in zip(trees, verdicts, strict=True)]
@@ -197,7 +199,7 @@ def predict(records: Sequence[Record], curve: Mapping[int, float], num_rows: int
             tokens, seconds = _replay(each, num_rows, costs, partial(_part, size=size))
             found.append(Candidate(spec, size, False, tokens * plain_s / (seconds + draft_s + each.host_s), each))
         budget = AdaptiveBudget(max_nodes, costs, _calibrated(each))
-        tokens, seconds = _replay(each, num_rows, costs, partial(_cut, budget=budget))
+        tokens, seconds = _replay(each, num_rows, costs, partial(_cut, budget=budget, num_rows=num_rows))
         step_s = seconds + each.draft_s + each.host_s
         found.append(Candidate(each.spec, max_nodes, True, max(1.0, tokens * plain_s / step_s), each))
     return sorted(found, key=lambda candidate: -candidate.predicted)
@@ -231,8 +233,10 @@ def _part(draft: Draft, size: int) -> Kept:
     return Kept(1 + min(size, len(nodes)), len(draft.accepted & set(nodes[:size])))
 
 
-def _cut(draft: Draft, budget: AdaptiveBudget) -> Kept:
-    (tree,) = budget.cut([], [draft.tree])
+def _cut(draft: Draft, budget: AdaptiveBudget, num_rows: int) -> Kept:
+    """What the budget leaves of a draft where all rows have such a one."""
+    rows = [Row(i, [0], 1) for i in range(num_rows)]
+    tree = budget.cut(rows, [draft.tree] * num_rows)[0]
     if len(tree) == len(draft.tree):
         return Kept(len(tree), len(draft.accepted) - 1)
     known = {tuple(tree.path_tokens(node)) for node in range(1, len(tree))}

@@ -5,12 +5,17 @@ Nothing here is timed: seconds are added up from known costs (see steps.py), so 
 
 from __future__ import annotations
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from statistics import mean
 
 import pytest
 from steps import BFLOAT16, FLOAT32, Drafts, Simulation
 
-from specdec.budget import AdaptiveBudget, Calibration, DepthRates, FixedBudget, PassCosts, make_budget
+from specdec.budget.adaptive import AdaptiveBudget, FixedBudget, make_budget
+from specdec.budget.calibration import Calibration, DepthRates
+from specdec.budget.costs import PassCosts
 from specdec.interfaces import Limit, Row, Verdict
 from specdec.tree import TokenTree
 
@@ -99,7 +104,7 @@ def test_drafting_comes_back_when_it_pays_again():
     budget = AdaptiveBudget(16)
     bad = Simulation(budget, Drafts(rate=0.0, believed=None), BFLOAT16).run(500)
     good = Simulation(budget, Drafts(rate=0.8, believed=None), BFLOAT16).run(500)
-    assert sum(n > 0 for n in bad.drafted) < 100
+    assert bad.seconds <= 1.03 * 500
     assert sum(n > 0 for n in good.drafted) > 400
 
 
@@ -162,15 +167,15 @@ def test_rows_of_one_pass_share_its_size():
 
 def test_costs_are_medians_that_never_fall_with_size():
     costs = PassCosts()
-    for seconds in (1.0, 1.0, 9.0):  # one hiccup
-        costs.add(1, 1, seconds)
-    costs.add(1, 3, 2.0)
-    costs.add(1, 4, 1.5)  # lucky: averaged with its neighbour
-    costs.add(1, 5, 2.5)
+    for hiccup in (1.0, 1.0, 9.0):
+        costs.add(1, 1, 1.0 * hiccup)
+        costs.add(1, 3, 2.0 * hiccup)
+        costs.add(1, 4, 1.5 * hiccup)  # lucky: averaged with its neighbour
+        costs.add(1, 5, 2.5 * hiccup)
     assert costs.curve(1, 5) == pytest.approx([1.0, 1.375, 1.75, 1.75, 2.5])
     assert costs.curve(4, 1) == [1.0], "another number of rows: the nearest known"
     assert costs.curve(1, 6)[-1] > 2.5
-    assert (costs.count(1, 1), costs.knows(1, 2), costs.knows(2, 1)) == (3, False, False)
+    assert (costs.count(1, 1), costs.knows(1, 2), costs.knows(64, 1)) == (3, False, False)
 
 
 def test_threads_may_share_the_costs_of_a_model():
@@ -178,13 +183,24 @@ def test_threads_may_share_the_costs_of_a_model():
     costs = PassCosts()
     costs.add(1, 1, 0.1)
 
-    class Interrupted(int):
-        def __rsub__(self, num_rows):
-            costs.add(num_rows + 10, 1, 0.2)
-            return num_rows - int(self)
+    stop = threading.Event()
 
-    assert costs.curve(Interrupted(2), 3) == costs.curve(1, 3)
-    assert costs.knows(11, 1)
+    def add():
+        sizes = itertools.cycle(range(1, 200))
+        while not stop.is_set():
+            size = next(sizes)
+            costs.add(size, 1 + size % 33, 0.2, size * 7.0)
+
+    with ThreadPoolExecutor() as pool:
+        adding = pool.submit(add)
+        try:
+            for size in range(1, 300):
+                assert len(costs.curve(size, 3, 5.0 * size)) == 3
+                costs.count(size, 2)
+                costs.largest(size)
+        finally:
+            stop.set()
+        adding.result()
 
 
 def test_measured_costs_replace_the_seed():

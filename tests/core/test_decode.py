@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 import pytest
 from toy import CERTAIN, INDEPENDENT, TWO_MODELS, UNBALANCED, Kind, ToyDrafter, ToyTarget, chain, full
 
-from specdec.budget import FixedBudget
+from specdec.budget.adaptive import FixedBudget
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
 from specdec.drafters.none import NoDrafter

@@ -9,7 +9,7 @@ import pytest
 from onerow import make_model
 from toy import ToyTarget
 
-from specdec.budget import FixedBudget
+from specdec.budget.adaptive import FixedBudget
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
 from specdec.drafters.hybrid import HybridDrafter

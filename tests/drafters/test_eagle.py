@@ -14,7 +14,7 @@ from trained import random_eagle, random_feature_cell, tiny_target
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from specdec.budget import FixedBudget
+from specdec.budget.adaptive import FixedBudget
 from specdec.cpu.packed_linear import PackedLinear, is_packed, pack, packing_fault
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform

@@ -14,7 +14,7 @@ from trained import random_eagle, random_feature_cell, random_medusa, tiny_targe
 from transformers import LlamaForCausalLM
 
 import specdec
-from specdec.budget import FixedBudget
+from specdec.budget.adaptive import FixedBudget
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
 from specdec.drafters import make_drafter

@@ -16,7 +16,7 @@ from test_growth_law import GrowingDrafter, error
 from toy import INDEPENDENT, ToyDrafter, ToyTarget, chain
 from trained import random_eagle, tiny_target
 
-from specdec.budget import FixedBudget
+from specdec.budget.adaptive import FixedBudget
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
 from specdec.drafters import hybrid, make_drafter

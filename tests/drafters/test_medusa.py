@@ -11,7 +11,7 @@ from torch import Tensor
 from trained import random_medusa, tiny_target
 from transformers import LlamaForCausalLM
 
-from specdec.budget import FixedBudget
+from specdec.budget.adaptive import FixedBudget
 from specdec.cpu.packed_linear import is_packed, pack, packing_fault
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform

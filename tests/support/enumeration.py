@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import Tensor
 from toy import PROMPT, Tokens, ToyTarget, context
 
-from specdec.budget import FixedBudget
+from specdec.budget.adaptive import FixedBudget
 from specdec.decode import Decoder
 from specdec.distributions import LogitsTransform, WarperTransform
 from specdec.interfaces import Drafter, Row, Verifier

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from specdec.budget import Budget
+from specdec.budget.adaptive import Budget
 from specdec.interfaces import Limit, Row, Verdict
 from specdec.tree import TokenTree
 
