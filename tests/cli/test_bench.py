@@ -57,6 +57,8 @@ def bench(target, prompts):
 
     def run(**options):
         given = {"target": target, "prompts": prompts, "max_new_tokens": 12, "threads": 1, "adaptive": False, **options}
+        if not given.get("drafter_models"):
+            given.setdefault("drafters", ("ngram",))
         return run_bench(BenchConfig(**given))
 
     threads = torch.get_num_threads()

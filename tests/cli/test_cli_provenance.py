@@ -55,7 +55,7 @@ def test_the_commit_is_that_of_our_own_checkout(monkeypatch, tmp_path):
     package = tmp_path / "specdec"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(specdec.records.provenance, "__file__", str(package / "provenance.py"))
+    monkeypatch.setattr(specdec.records.provenance, "__file__", str(package / "records" / "provenance.py"))
     assert project_commit() == (None, None), "no checkout"
     git(tmp_path, "init", "-q")
     (tmp_path / "theirs").write_text("")

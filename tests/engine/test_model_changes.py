@@ -158,7 +158,7 @@ def through_kernels(model: Any, recorders: Any = None) -> list[int]:
         scores = engine.score([row], [TokenTree((row.tokens[-1], 3, 4), (-1, 0, 0))])
         engine.commit([row], [[0]])
         row.tokens.append(int(scores[0].logits[0].argmax()))
-    assert engine.replay is None or (engine.graphs.fault == "" and engine.graphs.num_replays > 0)
+    assert engine.replay is None or (engine.replay.fault == "" and engine.replay.num_replays > 0)
     engine.close([row])
     return row.tokens
 
