@@ -98,7 +98,8 @@ class Runtime:
         """The drafter that a text names, built for this target; one that is built already stays as it is."""
         if not isinstance(drafter, str):
             return drafter
-        return make_drafter(drafter, DraftContext(self.target, verifier, draft_models or self.draft_models))
+        models = self.draft_models if draft_models is None else draft_models
+        return make_drafter(drafter, DraftContext(self.target, verifier, models))
 
     def decoder(
         self,

@@ -112,7 +112,7 @@ def by_levels(lm: CausalLM, rows: list[Row], rng: random.Random) -> list[Scores]
 
 
 def kept_states(lm: CausalLM, rows: list[Row]) -> list[Tensor]:
-    lines = [lm._lines[row] for row in rows]
+    lines = [lm._cache_rows[row] for row in rows]
     buffers = [buffer for pair in lm._cache.pairs if pair for buffer in pair]
     return [buffer[line.index, :, : line.length] for buffer in buffers for line in lines]
 
@@ -198,10 +198,10 @@ MUTATIONS = {
         "lengths, places = torch.from_numpy(self._fields['lengths'].copy()).long()[:, None]",
     ),
     "one slot too few": ("places < lengths)", "places < lengths - 1)"),
-    "positions are slots": ('kept + fields["query_depths"][row]', "part.start + np.arange(num_columns)"),
+    "positions are slots": ('kept + fields["query_depths"][row]', "row_pass.start + np.arange(num_columns)"),
     "earlier nodes count again": ("= inside[columns]", "= inside[: len(new)]"),
     "no tree": ("= tree.ancestors()", "= True"),
-    "padding among the kept": ("part.start + np.arange(num_columns)  #", "(part.start + np.arange(num_columns)) % 40 #"),
+    "padding among the kept": ("row_pass.start + np.arange(num_columns)  #", "(row_pass.start + np.arange(num_columns)) % 40 #"),
     "windows count slots": ("lengths + self.mask.node_depths)", "area)"),
     "outputs are not copied": ("t[:, :num_columns].clone()", "t[:, :num_columns]"),
     "the last columns": ("logits[row, num_new - num_nodes : num_new]", "logits[row, num_columns - num_nodes :]"),

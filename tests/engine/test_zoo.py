@@ -240,7 +240,7 @@ def test_the_cache_grows_in_rows_and_slots_without_a_loss(name):
     tree = random_tree(rng, rows[0].tokens[-1])
     assert error(lm.model, rows[:1], [tree], lm.score(rows[:1], [tree])) < FAMILIES[name].tolerance
     lm.close(rows[:1])
-    assert not lm._lines
+    assert not lm._cache_rows
 
 
 @dataclass
