@@ -102,9 +102,8 @@ class StepInputs:
         fields["query_depths"][row] = _padded(depths[columns], num_columns)
         fields["node_depths"][row] = _padded(depths, area)
         fields["positions"][row] = kept + fields["query_depths"][row]
-        fields["slots"][row] = row_pass.start + np.arange(
-            num_columns
-        )  # padding goes behind the tree, where nobody looks
+        # Padding goes behind the tree, where nobody looks.
+        fields["slots"][row] = row_pass.start + np.arange(num_columns)
         fields["bits"][row] = np.packbits(seen, axis=-1, bitorder="little").view(np.int64)
         fields["lengths"][row] = kept
 

@@ -201,7 +201,7 @@ MUTATIONS = {
     "positions are slots": ('kept + fields["query_depths"][row]', "row_pass.start + np.arange(num_columns)"),
     "earlier nodes count again": ("= inside[columns]", "= inside[: len(new)]"),
     "no tree": ("= tree.ancestors()", "= True"),
-    "padding among the kept": ("row_pass.start + np.arange(num_columns)  #", "(row_pass.start + np.arange(num_columns)) % 40 #"),
+    "padding among the kept": ("row_pass.start + np.arange(num_columns)\n", "(row_pass.start + np.arange(num_columns)) % 40\n"),
     "windows count slots": ("lengths + self.mask.node_depths)", "area)"),
     "outputs are not copied": ("t[:, :num_columns].clone()", "t[:, :num_columns]"),
     "the last columns": ("logits[row, num_new - num_nodes : num_new]", "logits[row, num_columns - num_nodes :]"),
