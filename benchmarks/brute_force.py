@@ -26,7 +26,7 @@ from specdec.records.prompts import BUILTIN, load_prompts, render_turns
 from specdec.records.provenance import collect
 from specdec.records.tuned import load_tuned
 from specdec.sampling import SamplingParams
-from specdec.tune.tuning import Setting
+from specdec.tune.setting import Setting
 from specdec.verifiers import make_verifier
 
 Configuration = tuple[str, int, bool]  # drafter, largest tree, adaptive
@@ -61,7 +61,7 @@ def main() -> None:
     names = {"tuned": chosen, **{f"{d} {n} fixed": (d, n, a) for d, n, a in fixed}, "none": ("none", 0, False)}
     loaded = load(options.target, (), options.dtype, "auto")
     setting = Setting(
-        loaded.target, make_verifier("match"), (), SamplingParams(0.0), eos_ids(loaded.model), options.max_new_tokens
+        loaded.runtime, make_verifier("match"), SamplingParams(0.0), eos_ids(loaded.model), options.max_new_tokens
     )
     prompts = load_prompts(options.prompts)[options.first :: 2]
     prompts = [prompts[i * len(prompts) // options.limit] for i in range(min(options.limit, len(prompts)))]

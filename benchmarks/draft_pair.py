@@ -22,10 +22,8 @@ import torch
 
 from specdec.budget.adaptive import FixedBudget
 from specdec.cli.loading import all_model_facts, eos_ids
-from specdec.cpu.accelerate import accelerated
 from specdec.distributions import WarperTransform
 from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder
-from specdec.engine.causal_lm import CausalLM
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import load_model, load_tokenizer
 from specdec.interfaces import Limit, Row, Scores
@@ -33,9 +31,10 @@ from specdec.records.files import write_json
 from specdec.records.prompts import BUILTIN, load_prompts, render_turns
 from specdec.records.provenance import collect
 from specdec.rng import PhiloxRng
+from specdec.runtime import Runtime
 from specdec.sampling import SamplingParams
 from specdec.stats import Stats
-from specdec.tune.tuning import Setting
+from specdec.tune.setting import Setting
 from specdec.verifiers import make_verifier
 
 RULES = {
@@ -103,12 +102,12 @@ def texts_and_starts(texts: Sequence[list[int]]) -> list[tuple[list[int], int]]:
     return [(text, len(text) // 2) for text in texts]
 
 
-def lengths(target: CausalLM, draft: Any, prompts: Sequence[list[int]], num_tokens: int, ends: frozenset[int]) -> Any:
+def lengths(runtime: Runtime, prompts: Sequence[list[int]], num_tokens: int, ends: frozenset[int]) -> Any:
     """Mean acceptance length and seconds a step of whole runs, all runs prompt by prompt in turn."""
     params = SamplingParams(1.0)
     made = {}
     for name, (spec, rule, nodes) in RUNS.items():
-        setting = Setting(target, make_verifier(rule), (draft,), params, ends, num_tokens)
+        setting = Setting(runtime, make_verifier(rule), params, ends, num_tokens)
         made[name] = (setting.decoder(setting.drafter(spec), FixedBudget(nodes)), Stats(), nodes)
     seconds = dict.fromkeys(made, 0.0)
     per_prompt: dict[str, list[float]] = {name: [] for name in made}
@@ -159,8 +158,9 @@ def main() -> None:
     known = load_prompts(BUILTIN)
     chosen = [known[i * len(known) // options.limit] for i in range(options.limit)]
     prompts = [list(render_turns(tokenizer, prompt, [])) for prompt in chosen]
-    engine = CausalLM(accelerated(model))
-    setting = Setting(engine, make_verifier("match"), (), SamplingParams(1.0), ends, options.max_new_tokens)
+    setting = Setting(
+        Runtime(model, accelerate=True), make_verifier("match"), SamplingParams(1.0), ends, options.max_new_tokens
+    )
     rows = setting.rows(prompts)
     for _ in setting.decoder(setting.drafter("none"), FixedBudget(0)).run(rows):
         pass
@@ -168,7 +168,7 @@ def main() -> None:
     for name, draft in drafts.items():
         print(name, file=sys.stderr, flush=True)
         one = first_level(model, draft, [row.tokens for row in rows], options.every, options.draws)
-        runs = lengths(engine, accelerated(draft), prompts, options.max_new_tokens, ends)
+        runs = lengths(Runtime(model, (draft,), accelerate=True), prompts, options.max_new_tokens, ends)
         found[name] = {"first_level": one, "runs": runs}
         for k, rules in one.items():
             print(f"{name}, {k} siblings: " + ", ".join(f"{rule} {rate:.3f}" for rule, rate in rules.items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,8 @@ from specdec.settings import DEFAULTS
 
 if TYPE_CHECKING:
     from specdec.cli.loading import Loaded
-    from specdec.tune.tuning import Candidate, Setting
+    from specdec.tune.prediction import Candidate
+    from specdec.tune.setting import Setting
 
 EXAMPLE = "Example: specdec tune --drafter ngram --batch-size 1 --limit 16 --output tuned.json"
 _NUM_RACERS = 6
@@ -52,7 +53,9 @@ def tune(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
-    seconds: Annotated[float, typer.Option(metavar="S", help="For the race of each batch size, at most.")] = 300.0,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", help="For recording, and again for the race, of each batch size, at most.")
+    ] = 300.0,
     output: Annotated[Path, typer.Option(metavar="FILE.json", help="Write the settings here.")] = Path("tuned.json"),
     show_tree: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Draw the best static trees for a tuned file, and end.")
@@ -79,7 +82,7 @@ def tune(
     from specdec.records.provenance import collect
     from specdec.records.tuned import KIND, SCHEMA, fingerprint
     from specdec.sampling import SamplingParams
-    from specdec.tune.tuning import Setting
+    from specdec.tune.setting import Setting
     from specdec.verifiers import make_verifier
 
     output = output.expanduser()
@@ -91,9 +94,7 @@ def tune(
     loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
     specs = _specs(asked, can_tree=not any(CausalLM(model).chain_only for model in loaded.runtime.draft_models))
     ids = _prompt_ids(loaded, prompts, limit, max_new_tokens)
-    setting = Setting(
-        loaded.target, rule, tuple(loaded.runtime.draft_models), params, eos_ids(loaded.model), max_new_tokens
-    )
+    setting = Setting(loaded.runtime, rule, params, eos_ids(loaded.model), max_new_tokens)
     models = all_model_facts(target, drafter_model or ())
     found = {str(size): _tune(setting, specs, ids, size, max_nodes, seconds) for size in sizes}
     told = {
@@ -157,38 +158,51 @@ def _prompt_ids(loaded: Loaded, source: str, limit: int | None, max_new_tokens: 
 def _tune(
     setting: Setting, specs: Sequence[str], prompts: list[list[int]], size: int, max_nodes: int, seconds: float
 ) -> dict[str, Any]:
-    """The entry of one batch size. Half of the prompts are recorded from, so that the race sees new ones too."""
-    from specdec.tune.tuning import finalists, measure_curve, predict, race, record
+    """The entry of one batch size. The race takes the batches in the order in which they were recorded."""
+    from specdec.tune.prediction import predict
+    from specdec.tune.recording import record
+    from specdec.tune.setting import measure_curve
+    from specdec.tune.tuning import finalists, race
 
     full = prompts * (-(-size // len(prompts)))  # fewer prompts than rows: some twice
     batches = [full[i : i + size] for i in range(0, len(full) - size + 1, size)]
     tell(f"batch size {size}: what passes cost")
-    curve = measure_curve(setting, sorted(batches[0], key=len))
-    known = batches[::2]
-    records = []
-    for spec in specs:
-        tell(f"batch size {size}: what {spec} proposes")
-        records.append(record(setting, spec, known, max_nodes))
-    candidates = predict(records, curve, size, max_nodes)
+    curve = measure_curve(setting, sorted(batches[len(batches) // 2], key=len))
+    tell(f"batch size {size}: what {', '.join(specs)} propose")
+    plain, *records = record(setting, specs, batches, max_nodes, _timer(seconds))
+    candidates = predict(plain, records, curve, size, max_nodes)
     racers = finalists(candidates, _NUM_RACERS)
     tell(f"batch size {size}: racing {', '.join(map(str, racers))}")
-    started = time.monotonic()
-    best = race(setting, racers, [*batches[1::2], *known], curve, lambda: time.monotonic() - started > seconds)
+    best = race(setting, racers, batches, curve, _timer(seconds))
     _print(size, racers, best, curve)
     shown = best.record or max(records, key=lambda each: len(each.steps), default=None)
     return {
         "drafter": best.drafter,
         "max_nodes": best.max_nodes,
         "adaptive": best.adaptive,
-        "predicted": best.predicted,
-        "measured": best.measured,
+        **_speedups(best),
         "cost_curve": {str(columns): each for columns, each in curve.items()},
         "acceptance_table": shown.acceptance_table() if shown else [],
         "candidates": [
-            {"drafter": c.drafter, "max_nodes": c.max_nodes, "adaptive": c.adaptive, "predicted": c.predicted}
-            | {"measured": c.measured, "dropped": c.is_dropped}
+            {"drafter": c.drafter, "max_nodes": c.max_nodes, "adaptive": c.adaptive, "dropped": c.is_dropped}
+            | _speedups(c)
             for c in [*racers, *(c for c in candidates if c not in racers)]
         ],
+    }
+
+
+def _timer(seconds: float) -> Callable[[], bool]:
+    """Whether so many seconds have passed from now on."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+def _speedups(each: Candidate) -> dict[str, Any]:
+    return {
+        "predicted": each.predicted,
+        "measured": each.measured,
+        "predicted_decode": each.predicted_decode,
+        "measured_decode": each.measured_decode,
     }
 
 
@@ -200,12 +214,21 @@ def _print(size: int, racers: Sequence[Candidate], best: Candidate, curve: dict[
     relative = ", ".join(f"{n}: {each / curve[1]:.2f}" for n, each in curve.items())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("configuration", overflow="fold")
-    for title in ("predicted", "measured [95 %]", ""):
+    for title in (
+        "whole answer:\npredicted",
+        "\nmeasured [95 %]",
+        "decoding only:\npredicted",
+        "\nmeasured [95 %]",
+        "",
+    ):
         table.add_column(title, justify="right", no_wrap=True)
     for each in racers:
         mark = "best" if each is best else "dropped early" if each.is_dropped else ""
-        got = "-" if each.measured is None else "{:.2f}x [{:.2f}, {:.2f}]".format(*each.measured)
-        table.add_row(str(each), f"{each.predicted:.2f}x", got, mark)
+        whole, decode = (
+            "-" if got is None else "{:.2f}x [{:.2f}, {:.2f}]".format(*got)
+            for got in (each.measured, each.measured_decode)
+        )
+        table.add_row(str(each), f"{each.predicted:.2f}x", whole, f"{each.predicted_decode:.2f}x", decode, mark)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)

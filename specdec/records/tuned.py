@@ -23,8 +23,10 @@ class TunedEntry:
     drafter: str  # "none": speculation does not pay
     max_nodes: int
     adaptive: bool
-    predicted: float  # speedup against plain decoding
-    measured: tuple[float, float, float] | None  # speedup with its 95 % interval
+    predicted: float  # speedup of whole answers against plain decoding
+    measured: tuple[float, float, float] | None  # the same with its 95 % interval
+    predicted_decode: float | None  # speedup behind the pass that holds the prompt; None: an older file
+    measured_decode: tuple[float, float, float] | None
     cost_curve: Mapping[int, float]  # columns -> seconds of a pass
     acceptance_table: Sequence[Sequence[float]]  # (D, R), see specdec.drafters.trees.shapes; of the best tree drafter
 
@@ -113,7 +115,6 @@ def _parse(name: str, content: Mapping[str, Any]) -> Tuned:
 
 
 def _entry(batch_size: int, content: Mapping[str, Any]) -> TunedEntry:
-    measured = content["measured"]
     curve = {int(columns): float(seconds) for columns, seconds in content["cost_curve"].items()}
     max_nodes = int(content["max_nodes"])
     if batch_size < 1 or max_nodes < 0 or not all(n >= 1 and 0 < s < float("inf") for n, s in curve.items()):
@@ -126,7 +127,13 @@ def _entry(batch_size: int, content: Mapping[str, Any]) -> TunedEntry:
         max_nodes,
         bool(content["adaptive"]),
         float(content["predicted"]),
-        None if measured is None else (float(measured[0]), float(measured[1]), float(measured[2])),
+        _interval(content["measured"]),
+        None if content.get("predicted_decode") is None else float(content["predicted_decode"]),
+        _interval(content.get("measured_decode")),
         curve,
         tuple(tuple(float(p) for p in row) for row in content["acceptance_table"]),
     )
+
+
+def _interval(content: Any) -> tuple[float, float, float] | None:
+    return None if content is None else (float(content[0]), float(content[1]), float(content[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tinychat
@@ -10,26 +11,20 @@ import torch
 
 import specdec
 from specdec.cli.synthetic import parse_acceptance, synthetic_pair
+from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.trees.shapes import read_shape, sequoia
 from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import Limit, Row
 from specdec.records.tuned import fingerprint, load_tuned
 from specdec.rng import PhiloxRng
+from specdec.runtime import Runtime
 from specdec.sampling import GREEDY, SamplingParams
 from specdec.tree import TokenTree
 from specdec.tune import tuning
-from specdec.tune.tuning import (
-    NONE,
-    Candidate,
-    Draft,
-    Record,
-    Setting,
-    finalists,
-    measure_curve,
-    predict,
-    race,
-    record,
-)
+from specdec.tune.prediction import Candidate, predict
+from specdec.tune.recording import NONE, Record, record
+from specdec.tune.setting import Answer, Draft, Pass, Setting, measure_curve
+from specdec.tune.tuning import finalists, race
 from specdec.verifiers import make_verifier
 
 PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [5, 6, 5, 6, 5, 6], [9, 8, 7], [4, 4, 4, 4]]
@@ -67,15 +62,28 @@ def setting(seconds=None, **options):
         now[0] += seconds
         return now[0]
 
-    engine = CausalLM(tinychat.make_model(eos=None))
-    common = (engine, make_verifier("match"), (), SamplingParams(0.0), frozenset(), 12)
+    common = (Runtime(tinychat.make_model(eos=None)), make_verifier("match"), SamplingParams(0.0), frozenset(), 12)
     return Setting(*common, **({"clock": clock} if seconds else {}), **options)
 
 
-def chain(*accepted_of, estimates=True):
-    """A draft of one chain of four for each entry, of which so many tokens were accepted."""
-    tree = TokenTree((1, 2, 3, 4, 5), (-1, 0, 1, 2, 3), estimates=(1.0, 0.8, 0.6, 0.5, 0.4) if estimates else ())
-    return [([Draft(tree, frozenset(range(n + 1)))], 0.001) for n in accepted_of]
+CHAIN = TokenTree((1, 2, 3, 4, 5), (-1, 0, 1, 2, 3), estimates=(1.0, 0.8, 0.6, 0.5, 0.4))
+ROOT = TokenTree.root(1)
+
+
+def recorded(spec, passes, first_s=0.0):
+    """One answer, whose prompt's pass takes ``first_s`` and yields a token."""
+    return Record(spec, [Answer([5], [Pass([Draft(ROOT, frozenset({0}))], first_s), *passes])])
+
+
+def chain(*accepted_of, estimates=True, pass_s=1.0):
+    """A draft of one chain of four for each entry, of which so many tokens were accepted; drafting takes 0.001 s."""
+    tree = CHAIN if estimates else TokenTree(CHAIN.tokens, CHAIN.parents)
+    return [Pass([Draft(tree, frozenset(range(n + 1)))], pass_s + 0.001, 0.001) for n in accepted_of]
+
+
+def plain(num_steps=100, step_s=1.0, first_s=0.0):
+    """Plain decoding, one row."""
+    return recorded(NONE, [Pass([Draft(ROOT, frozenset({0}))], step_s) for _ in range(num_steps)], first_s)
 
 
 def test_the_cost_curve_has_every_size_and_leaves_no_rows_behind():
@@ -88,34 +96,34 @@ def test_the_cost_curve_has_every_size_and_leaves_no_rows_behind():
 def test_acceptance_is_counted_by_depth_and_rank():
     tree = TokenTree((0, 1, 2, 3), (-1, 0, 0, 1))
     steps = [
-        ([Draft(tree, frozenset(nodes))], 0.0) for nodes in ([(0, 1, 3)] * 5 + [(0, 1)] * 5 + [(0, 2)] * 5 + [(0,)] * 5)
+        Pass([Draft(tree, frozenset(nodes))]) for nodes in ([(0, 1, 3)] * 5 + [(0, 1)] * 5 + [(0, 2)] * 5 + [(0,)] * 5)
     ]
-    assert Record("ngram", steps, 0.0).acceptance_table() == [[0.5, 0.25], [0.5]]
+    assert recorded("ngram", steps).acceptance_table() == [[0.5, 0.25], [0.5]]
 
 
 def test_prediction_is_tokens_over_costs():
     """Four right of four, free columns: five tokens a step. Costly columns: none is worth it."""
-    right = Record("ngram", chain(*[4] * 20), 0.0)
-    free = predict([right], {1: 1.0, 32: 1.0}, 1, 4)
+    right = recorded("ngram", chain(*[4] * 20))
+    free = predict(plain(), [right], {1: 1.0, 32: 1.0}, 1, 4)
     assert free[0].max_nodes == 4
-    assert free[0].predicted == pytest.approx(5 / 1.001)
-    wrong = Record("ngram", chain(*[0] * 50), 0.0)
-    costly = predict([wrong], {1: 1.0, 2: 2.0}, 1, 4)
-    fixed = {c.max_nodes: c.predicted for c in costly if not c.adaptive and c.drafter != NONE}
+    assert free[0].predicted_decode == pytest.approx(5 / 1.001)
+    wrong = recorded("ngram", chain(*[0] * 50, pass_s=5.0))
+    costly = predict(plain(), [wrong], {1: 1.0, 2: 2.0}, 1, 4)
+    fixed = {c.max_nodes: c.predicted_decode for c in costly if not c.adaptive and c.drafter != NONE}
     assert fixed[1] == pytest.approx(0.5, abs=0.01)
     assert costly[0].predicted == 1.0
 
 
 def test_prediction_keeps_the_nodes_that_a_smaller_size_would_keep():
-    mixed = predict([Record("ngram", chain(2, 2, 4, 0), 0.0)], {1: 1.0, 32: 1.0}, 1, 4)
-    found = {c.max_nodes: c.predicted for c in mixed if not c.adaptive}
+    mixed = predict(plain(), [recorded("ngram", chain(2, 2, 4, 0))], {1: 1.0, 32: 1.0}, 1, 4)
+    found = {c.max_nodes: c.predicted_decode for c in mixed if not c.adaptive}
     assert found[1] == pytest.approx(1.75, abs=0.01)
     assert found[4] == pytest.approx(3.0, abs=0.01)
 
 
 def test_a_models_chain_is_drafted_no_longer_than_its_size():
-    each = Record("model:num_tokens=4", chain(1, 1, 1, estimates=False), 0.0)
-    names = {c.max_nodes: c.drafter for c in predict([each], {1: 1.0}, 1, 8) if not c.adaptive}
+    each = recorded("model:num_tokens=4", chain(1, 1, 1, estimates=False))
+    names = {c.max_nodes: c.drafter for c in predict(plain(), [each], {1: 1.0}, 1, 8) if not c.adaptive}
     assert names[2] == "model:num_tokens=2"
     assert names[8] == "model:num_tokens=4"
 
@@ -149,11 +157,106 @@ def test_the_race_drops_what_is_surely_slower_and_returns_the_fastest():
 
 
 def test_a_recording_sees_every_step_but_the_prompts():
-    s = setting()
-    found = record(s, "ngram", [[PROMPTS[0]], [PROMPTS[1]]], 8)
+    s = setting(seconds=1.0)
+    base, found = record(s, ["ngram"], [[PROMPTS[0]], [PROMPTS[1]]], 8)
     assert found.steps
-    assert all(len(drafts) == 1 for drafts, _ in found.steps)
-    assert predict([found], {1: 1.0, 32: 2.0}, 1, 8)[-1].predicted > 0
+    assert all(len(step.drafts) == 1 for step in found.steps)
+    assert [sum(p.num_tokens for p in a.passes) for a in found.answers] == [12, 12]
+    assert len(base.steps) == 22
+    assert predict(base, [found], {1: 1.0, 32: 2.0}, 1, 8)[-1].predicted > 0
+
+
+class Machine:
+    """A clock that a real target moves: a pass takes its columns and its prompt, drafting and observing take their own."""
+
+    COLUMN_S, PROMPT_S, DRAFT_S, OBSERVE_S = 0.05, 0.4, 0.1, 0.2
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self._wrap(monkeypatch, CausalLM, "score", self.pass_s)
+        self._wrap(monkeypatch, NgramDrafter, "propose", lambda *_: self.DRAFT_S)
+        self._wrap(monkeypatch, NgramDrafter, "observe", lambda *_: self.OBSERVE_S)
+
+    def __call__(self):
+        return self.now
+
+    def pass_s(self, _, rows, trees):
+        prompt_s = sum(self.PROMPT_S * row.num_prompt for row in rows if row.num_steps == 0)
+        return 1.0 + prompt_s + self.COLUMN_S * (max(map(len, trees)) - 1)
+
+    def _wrap(self, monkeypatch, kind, name, seconds):
+        inside = getattr(kind, name)
+
+        def method(*args):
+            self.now += seconds(*args)
+            return inside(*args)
+
+        monkeypatch.setattr(kind, name, method)
+
+
+def test_prediction_and_race_measure_the_same_quantity(monkeypatch):
+    """Guards speedups of 2.7 predicted and 1.9 measured: the prompt's pass, the time that a drafter takes to observe,
+    steps that end an answer, and other prompts were on one side only."""
+    s = replace(setting(), clock=Machine(monkeypatch), max_new_tokens=40)
+    batches = [[prompt] for prompt in PROMPTS]
+    curve = measure_curve(s, batches[0], rounds=3)
+    assert curve[4] == pytest.approx(1.15)
+    base, found = record(s, ["ngram"], batches, 8)
+    candidates = predict(base, [found], curve, 1, 8)
+    racers = [c for c in candidates if c.adaptive or c.max_nodes in (0, 1, 4, 8)]
+    racers.sort(key=lambda c: c.drafter != NONE)
+    race(s, racers, batches, curve)
+    for each in racers:
+        rel = 0.02 if each.max_nodes == 8 and not each.adaptive else 0.15  # as it was recorded; or replayed
+        assert each.predicted == pytest.approx(each.measured[0], rel=rel), str(each)
+        assert each.predicted_decode == pytest.approx(each.measured_decode[0], rel=rel), str(each)
+
+
+def test_the_prompts_pass_is_in_whole_answers_only():
+    right = recorded("ngram", chain(*[4] * 20), first_s=100.0)
+    best = predict(plain(first_s=100.0), [right], {1: 1.0, 32: 1.0}, 1, 4)[0]
+    assert best.predicted_decode == pytest.approx(5 / 1.001)
+    assert best.predicted == pytest.approx(200 / 120.02)
+
+
+def test_what_a_step_takes_beyond_its_pass_is_part_of_the_prediction():
+    """Whatever it is: drafting, observing, the verdict, the loop."""
+    slow = recorded("ngram", [Pass(p.drafts, 2.5) for p in chain(*[4] * 20)])
+    found = predict(plain(step_s=1.5), [slow], {1: 1.0, 5: 1.4, 32: 1.4}, 1, 4)
+    assert next(c for c in found if c.max_nodes == 4 and not c.adaptive).predicted_decode == pytest.approx(
+        5 * 1.5 / 2.5
+    )
+
+
+def test_a_batch_is_predicted_with_the_rows_that_it_still_has():
+    """Guards means over rows: of two rows one ends early, and what is left of the batch yields one row's tokens."""
+    both = [Pass([Draft(CHAIN, frozenset(range(5)), row) for row in (0, 1)], 2.0) for _ in range(3)]
+    one = [Pass([Draft(CHAIN, frozenset({0}), 1)], 1.0) for _ in range(9)]
+    first = Pass([Draft(ROOT, frozenset({0}), row) for row in (0, 1)], 0.0)
+    base = Pass([Draft(ROOT, frozenset({0}), row) for row in (0, 1)], 2.0)
+    plain_two = Record(NONE, [Answer([5, 5], [first, *[base] * 20])])
+    found = predict(plain_two, [Record("ngram", [Answer([5, 5], [first, *both, *one])])], {1: 2.0, 32: 2.0}, 2, 4)
+    assert next(c for c in found if c.max_nodes == 4 and not c.adaptive).predicted_decode == pytest.approx(
+        (30 + 9) / 15
+    )
+
+
+def test_a_race_that_is_cut_short_is_compared_with_predictions_for_its_own_prompts():
+    s = setting(seconds=1.0)
+    racers = [Candidate(NONE, 0, False, 1.0), Candidate("ngram", 8, False, 3.0, ratios=[(2.0, 4.0), (4.5, 9.0)])]
+    race(s, racers, [[p] for p in PROMPTS], {1: 1.0, 2: 1.0}, is_over=lambda: True)
+    assert (racers[1].predicted, racers[1].predicted_decode) == pytest.approx((2.0, 4.0))
+
+
+def test_an_older_file_has_no_speedups_of_decoding_alone(tuned_file, tmp_path):
+    content = json.loads(tuned_file.read_text())
+    for entry in content["per_batch_size"].values():
+        del entry["predicted_decode"], entry["measured_decode"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(content))
+    entry = load_tuned(path).nearest(1)
+    assert entry.measured is not None
+    assert (entry.predicted_decode, entry.measured_decode) == (None, None)
 
 
 def test_the_command_writes_what_the_documentation_says(tuned_file, target):
@@ -167,6 +270,8 @@ def test_the_command_writes_what_the_documentation_says(tuned_file, target):
             "adaptive",
             "predicted",
             "measured",
+            "predicted_decode",
+            "measured_decode",
             "cost_curve",
             "acceptance_table",
         }
