@@ -58,7 +58,9 @@ def load_result(path: str | Path) -> Bench | Tune:
     try:
         content = json.loads(Path(path).expanduser().read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{name} is no JSON file ({error}); give a result of specdec bench or specdec tune") from None
+        raise ValueError(
+            f"{name} is not a JSON file ({error}); give a result of specdec bench or specdec tune"
+        ) from None
     if not isinstance(content, dict) or not ("rows" in content or content.get("kind") == "tuned"):
         raise ValueError(f"{name} is no result of specdec bench or specdec tune")
     if content.get("schema") != SCHEMA:

@@ -75,7 +75,7 @@ def parse_drafter(text: str) -> tuple[str, dict[str, Any]]:
             )
         key, value = found.groups()
         if key in options:
-            raise ValueError(f"drafter option {key} stands twice in {text!r}")
+            raise ValueError(f"drafter option {key} appears twice in {text!r}")
         options[key] = _read(value)
         place = found.end()
     return name, options

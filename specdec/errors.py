@@ -1,4 +1,4 @@
-"""Errors of ours that a caller may want to tell apart. Everything a caller can mend is a ValueError."""
+"""Errors of ours that a caller may want to tell apart. Everything a caller can fix is a ValueError."""
 
 
 class SpecdecError(Exception):

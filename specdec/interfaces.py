@@ -156,8 +156,8 @@ class ModelTarget(Target, Protocol):
 class Drafter(Protocol):
     """Proposes trees. State belongs to rows that were begun and not yet ended.
 
-    A drafter inherits from this class, which gives it the defaults of the traits ``drafts_by_level`` and ``is_drawing`` and
-    nothing else, or declares them itself.
+    Inherit from this class for the defaults of the traits ``drafts_by_level``, ``is_drawing`` and ``model_s``; it adds
+    nothing else.
     """
 
     @property
@@ -227,7 +227,7 @@ class Verifier(Protocol):
     def shares_target_noise(self) -> bool:
         """Whether it decides by the noise of each position alone, which a drafter may share to be matched more often.
 
-        Drafters then pick with certainty under that noise; for other verifiers they draw, and hand on from what.
+        With others a drafter samples from its own distribution and reports which one it was.
         """
 
     @property

@@ -99,12 +99,14 @@ def drafter_of(given: Any) -> str | Path | Drafter:
         return given
     if isinstance(given, os.PathLike):
         return Path(os.fspath(given))
-    if isinstance(given, type) or not isinstance(given, Drafter):
+    promises = ("name", "begin", "propose", "observe", "end")  # a hybrid asks for the traits, too
+    if isinstance(given, type) or not all(hasattr(given, promise) for promise in promises):
         raise ValueError(
             f"drafter must be a name such as 'ngram', a tuned file or a Drafter object, got {shown(given)}; for plain "
             "decoding name the drafter 'none'"
         )
-    return given
+    drafter: Drafter = given
+    return drafter
 
 
 def verifier_of(given: Any) -> Verifier:

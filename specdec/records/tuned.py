@@ -88,7 +88,7 @@ def load_tuned(path: str | Path) -> Tuned:
             f"cannot read the tuned settings {name} ({error.strerror}); make them with specdec tune"
         ) from None
     except ValueError:
-        raise ValueError(f"{name} is no JSON file; make tuned settings with specdec tune --output {name}") from None
+        raise ValueError(f"{name} is not a JSON file; make tuned settings with specdec tune --output {name}") from None
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{name} holds no tuned settings; make them with specdec tune --output FILE.json")
     if content.get("schema") != SCHEMA:

@@ -73,7 +73,7 @@ def test_other_forms_are_refused_with_the_rule_of_quoting(text: str, got: str) -
 
 
 def test_an_option_given_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="option top_k stands twice"):
+    with pytest.raises(ValueError, match="option top_k appears twice"):
         parse_drafter("eagle:top_k=3,path=a,top_k=4")
 
 

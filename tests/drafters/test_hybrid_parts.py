@@ -154,7 +154,7 @@ def test_no_two_parts_at_any_depth_share_an_index_and_all_share_the_targets_choi
     for leaf in leaves:
         for index in range(20):
             leaf.at(0, 5).draw(probs, 0, Stream.DRAFT, index)
-        leaf.at(0, 5).race(probs, 2, 0, 20)
+        leaf.at(0, 5).sample_without_replacement(probs, 2, 0, 20)
     real = PhiloxRng(3)
     for part in (PartNoise(real, 1, 3), PartNoise(PartNoise(real, 1, 2), 1, 2)):
         here, there = part.at(0, 5), real.at(0, 5)
