@@ -237,7 +237,7 @@ def test_depths_and_ranks_of_nodes(trace: Any) -> None:
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [("x", "no JSON file"), ("{}", "no result of specdec"), ('{"rows": [], "schema": 9}', "schema 9"),
+    [("x", "not a JSON file"), ("{}", "no result of specdec"), ('{"rows": [], "schema": 9}', "schema 9"),
      ('{"rows": [{}], "schema": 1, "provenance": {}}', "damaged")],
 )  # fmt: skip
 def test_other_files_are_no_results(tmp_path: Path, content: str, complaint: str) -> None:

@@ -1,57 +1,21 @@
 """Losslessness, proved by enumeration: every branch of the decode loop's randomness, for every drafter and verifier.
 
-A new verifier is covered by being in ``specdec.verifiers.VERIFIERS``; a new way to draft by one line in ``CASES``.
+A new verifier is covered by being in ``specdec.verifiers.VERIFIERS``; a new way to draft by one line in ``exact_cases.CASES``.
 Tolerance 1e-12: there are no statistics here, only rounding of float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pytest
 import torch
 from chance import TwinNoise, g_test
-from enumeration import (
-    Law,
-    Loop,
-    ScriptedNoise,
-    enumerate_outcomes,
-    exact_joint,
-    product,
-    sample_many,
-    stepwise_joint,
-    total_variation,
-    whole_joint,
-)
+from enumeration import Law, Loop, exact_joint, product, sample_many, stepwise_joint, total_variation, whole_joint
+from exact_cases import CASES, SMALL, TOLERANCE, Case, agreeing, assert_possible, greedy_law, is_exact
 from mutants import EdgeNoise, RefusingNoise
 from torch import Tensor
-from toy import (
-    ALL_KINDS,
-    BY_CONTEXT,
-    CERTAIN,
-    CERTAIN_FIRST,
-    CERTAIN_LAST,
-    COUPLED,
-    FILL_UP,
-    GROUP_AROUND,
-    GROUP_LAST,
-    INDEPENDENT,
-    LEAF,
-    PROMPT,
-    TOP_PLUS_ONE,
-    TWO_GROUPS,
-    TWO_MODELS,
-    UNBALANCED,
-    UNEVEN,
-    WITHOUT_REPLACEMENT,
-    Kind,
-    Shape,
-    ToyDrafter,
-    ToyTarget,
-    chain,
-    full,
-)
+from toy import COUPLED, GROUP_AROUND, PROMPT, ToyDrafter, ToyTarget, chain, full
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -69,58 +33,6 @@ from specdec.rng import PhiloxRng, Rng
 from specdec.sampling import GREEDY, SamplingParams
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS, make_verifier
-
-TOLERANCE = 1e-12
-CHAIN_ONLY: frozenset[str] = frozenset({"block"})  # verifiers that are exact for chains alone
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A way to draft."""
-
-    kind: Kind
-    shape: Shape
-    min_prob: float = 0.0
-
-    @property
-    def is_chain(self) -> bool:
-        shape = self.shape
-        while len(shape) == 1:
-            shape = shape[0]
-        return not shape
-
-    def drafter(self, vocab: int = 3) -> ToyDrafter:
-        return ToyDrafter(self.kind, self.shape, vocab, self.min_prob)
-
-
-SHAPES = {"chain": chain(3), "<3>": full(3), "<2,2>": full(2, 2), "unbalanced": UNBALANCED, "uneven": UNEVEN}
-PURE = (CERTAIN, INDEPENDENT, WITHOUT_REPLACEMENT, TOP_PLUS_ONE)
-MIXED = (TWO_MODELS, TWO_GROUPS, FILL_UP, CERTAIN_FIRST, CERTAIN_LAST, GROUP_LAST, GROUP_AROUND)
-CASES = {
-    **{f"{kind.name} {name}": Case(kind, shape) for kind in PURE for name, shape in SHAPES.items()},
-    **{f"{kind.name} {name}": Case(kind, SHAPES[name]) for kind in MIXED for name in ("<3>", "unbalanced")},
-    "group around certain <2,2>": Case(GROUP_AROUND, full(2, 2)),
-    "certain last chain below <2>": Case(CERTAIN_LAST, (chain(2), LEAF)),
-    "all kinds <4>": Case(ALL_KINDS, full(4)),
-    "all kinds <3,1>": Case(ALL_KINDS, full(3, 1)),
-    "certain or drawn by context chain": Case(BY_CONTEXT, chain(3)),
-    "independent chain while sure": Case(INDEPENDENT, chain(3), min_prob=0.3),
-    "without replacement <2,2> while sure": Case(WITHOUT_REPLACEMENT, full(2, 2), min_prob=0.3),
-}
-SMALL = {
-    "certain chain": Case(CERTAIN, chain(2)),
-    "certain unbalanced": Case(CERTAIN, UNBALANCED),
-    "independent chain": Case(INDEPENDENT, chain(2)),
-    "independent <2>": Case(INDEPENDENT, full(2)),
-    "two models <2>": Case(TWO_MODELS, full(2)),
-    "without replacement unbalanced": Case(WITHOUT_REPLACEMENT, UNBALANCED),
-    "top plus one <2>": Case(TOP_PLUS_ONE, full(2)),
-    "certain first unbalanced": Case(CERTAIN_FIRST, UNBALANCED),
-}
-
-
-def is_exact(verifier: str, case: Case) -> bool:
-    return make_verifier(verifier).lossless and (verifier not in CHAIN_ONLY or case.is_chain)
 
 
 def every_exact_pair(cases: dict[str, Case], without: str = "") -> pytest.MarkDecorator:
@@ -153,10 +65,6 @@ def warped(params: SamplingParams) -> Law:
     if params.min_p:
         warpers.append(MinPLogitsWarper(params.min_p))
     return lambda logits, history: warpers(torch.tensor([list(history)]), logits[None])[0].softmax(-1)
-
-
-def greedy_law(logits: Tensor, history: Sequence[int]) -> Tensor:
-    return torch.nn.functional.one_hot(logits.argmax(), len(logits)).double()
 
 
 class FadingPenalty:
@@ -296,18 +204,6 @@ def test_a_rejection_by_rounding_still_emits_what_the_target_can_emit(case: Case
     """Guards a residual of 0 / 0, taken for the end of the text: draft and target agree, and every coin says no."""
     loop = Loop(agreeing(case), make_verifier(verifier))
     assert_possible(loop, RefusingNoise)
-
-
-def agreeing(case: Case) -> ToyDrafter:
-    """A drafter that draws from the target's own distribution."""
-    drafter = case.drafter()
-    drafter.tables = [ToyTarget().logits.softmax(-1)] * case.kind.num_tables
-    return drafter
-
-
-def assert_possible(loop: Loop, rng: Callable[[ScriptedNoise], Rng]) -> None:
-    outcomes = enumerate_outcomes(lambda draws: loop.generate(rng(draws), 3)[0])
-    assert outcomes.keys() <= exact_joint(loop.target, PROMPT, 3).keys()
 
 
 def generate_batch(drafter: Drafter, rng: Rng, keys: Sequence[int], max_rows: int | None) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from chance import TwinNoise, g_test
 from enumeration import Loop, NoiseReuseError, exact_joint, sample_many, stepwise_joint, total_variation
+from exact_cases import TOLERANCE, Case, agreeing, assert_possible
 from mutants import (
     LYING_TOP_K,
     PEEKING,
@@ -28,7 +29,6 @@ from mutants import (
     TriesTopChildrenFirst,
     mutated,
 )
-from test_exactness import TOLERANCE, Case, agreeing, assert_possible
 from toy import (
     CERTAIN,
     CERTAIN_FIRST,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from enumeration import Loop, exact_joint, first_step, stepwise_joint, total_variation
-from test_exactness import CASES, SMALL, TOLERANCE, Case, greedy_law, is_exact
+from exact_cases import CASES, SMALL, TOLERANCE, Case, greedy_law, is_exact
 from torch import Tensor
 from toy import (
     BY_CONTEXT,

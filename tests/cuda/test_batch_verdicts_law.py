@@ -27,9 +27,9 @@ from enumeration import (
     stepwise_joint,
     total_variation,
 )
+from exact_cases import Case
 from kernel_cases import kernel_cache, simulated  # noqa: F401
 from mutants import mutated
-from test_exactness import Case
 from torch import Tensor
 from toy import (
     ALL_KINDS,

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from devices import needs_gpu
 from kernel_cases import kernel_cache, simulated  # noqa: F401
+from kernel_models import FAMILIES as KERNEL_FAMILIES
 from mutants import mutated
 from rerun import Rerun
 from tape import Tape, taped_kernels  # noqa: F401
-from test_kernels_gpu import needs_gpu
-from test_kernels_model import FAMILIES as KERNEL_FAMILIES
-from test_zoo import accept, deep_tree, generated, make_row, model_of, random_chain, random_tree, scattered_node
 from torch import Tensor
 from zoo import CHAIN, FAMILIES, TREE
+from zoo_rows import accept, deep_tree, generated, make_row, model_of, random_chain, random_tree, scattered_node
 
 import specdec
 from specdec.cuda import graphs, static_pass

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from eagle_runs import EXACT, PROMPTS, VOCAB, run
 from torch import Tensor
 from trained import random_eagle, random_feature_cell, tiny_target
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from specdec.budget.adaptive import FixedBudget
 from specdec.cpu.packed_linear import PackedLinear, is_packed, pack, packing_fault
-from specdec.decode import Decoder
-from specdec.distributions import WarperTransform
 from specdec.drafters import make_drafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.heads import eagle_cell, eagle_engine
@@ -27,14 +25,10 @@ from specdec.drafters.heads.eagle_format import save_eagle
 from specdec.drafters.trees.growth import ChildSampling, Shape
 from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import DraftContext, Limit, Row, Scores
-from specdec.rng import PhiloxRng, Rng
+from specdec.rng import Rng
 from specdec.sampling import GREEDY, SamplingParams
 from specdec.tree import TokenTree
 from specdec.verifiers import make_verifier
-
-VOCAB = 11  # so few that random heads are accepted often
-PROMPTS = [[5, 9, 3, 7, 1], [8, 9], [4], [2, 7, 6, 10, 9, 8, 3, 3, 1]]
-EXACT = 1e-5  # relative; parts of the target run in float32. A wrong mask or position is off by 0.1
 
 
 def rms(x: Tensor, norm: Any) -> Tensor:
@@ -150,20 +144,6 @@ class Watched(EagleEngine):
                 self.worst = max(self.worst, float(error))
                 self.num_checked += 1
         return results
-
-
-def run(
-    drafter: EagleDrafter, prompts: Sequence[Sequence[int]], num_tokens: int, params: SamplingParams = GREEDY,
-    verifier: str = "match", max_rows: int | None = None,
-) -> tuple[list[list[int]], float]:  # fmt: skip
-    """The texts, and the tokens accepted for each step."""
-    rows = [Row(key, list(prompt), len(prompt) + num_tokens + key) for key, prompt in enumerate(prompts)]
-    decoder = Decoder(
-        drafter.engine.target, drafter, make_verifier(verifier), WarperTransform(params), PhiloxRng(3),
-        lambda row: False, FixedBudget(24),
-    )  # fmt: skip
-    steps = [emission.step for emission in decoder.run(rows, max_rows)]
-    return [row.tokens for row in rows], sum(step.num_accepted for step in steps) / len(steps)
 
 
 def watched(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from enumeration import enumerate_outcomes, total_variation
+from model_law import PROMPT, law
 from torch import Tensor
 from trained import random_eagle, random_feature_cell, random_medusa, tiny_target
 from transformers import LlamaForCausalLM
@@ -33,24 +34,8 @@ from specdec.sampling import GREEDY, SamplingParams
 from specdec.tree import Draw, TokenTree
 from specdec.verifiers import make_verifier
 
-PROMPT = (0, 1)
 TOLERANCE = 1e-6  # norms of the target run in float32, so that its own logits differ by 1e-7 between passes
 PAIR = Shape((2, 1))
-
-
-def law(model: LlamaForCausalLM, num_tokens: int) -> dict[Hashable, float]:
-    """What plain sampling emits: the product rule."""
-    joint: dict[Hashable, float] = {}
-    waiting: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
-    while waiting:
-        emitted, mass = waiting.pop()
-        if len(emitted) == num_tokens:
-            joint[emitted] = mass
-            continue
-        with torch.no_grad():
-            probs = model(torch.tensor([[*PROMPT, *emitted]])).logits[0, -1].softmax(-1).tolist()
-        waiting += [((*emitted, token), mass * prob) for token, prob in enumerate(probs)]
-    return joint
 
 
 def error(make: Callable[[CausalLM], Drafter], verifier: str, num_tokens: int = 3) -> float:

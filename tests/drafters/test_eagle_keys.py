@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from eagle_files import CONFIG, H, V, eagle1, eagle3, write
 from published import Head, Tensors
 from safetensors.torch import load_file, save_file
-from test_eagle_format import CONFIG, H, V, eagle1, eagle3, write
 
 from specdec.drafters.heads.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.heads.eagle_config import EagleConfig

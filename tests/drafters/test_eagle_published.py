@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from eagle_runs import EXACT, PROMPTS, VOCAB, run
 from published import Head, Network, Tensors
-from test_eagle import EXACT, PROMPTS, VOCAB, run
 from torch import Tensor
 from trained import tiny_target
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from enumeration import Loop, NoiseReuseError, ScriptedNoise, enumerate_outcomes, total_variation
-from test_eagle_exactness import PROMPT, law
-from test_growth_law import SHAPES as GROWN
-from test_growth_law import GrowingDrafter, error
+from growing import SHAPES as GROWN
+from growing import GrowingDrafter, error
+from model_law import PROMPT, law
 from toy import INDEPENDENT, ToyDrafter, ToyTarget, chain
 from trained import random_eagle, tiny_target
 

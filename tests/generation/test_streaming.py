@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_wrapper import Collector, tiny
 from tinychat import make_model, make_tokenizer
+from tinyllama import Collector, tiny
 from torch import Tensor
 from transformers import (
     LlamaForCausalLM,

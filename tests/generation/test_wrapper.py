@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tinyllama import VOCAB, Collector, tiny
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -23,18 +24,7 @@ import specdec
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.interfaces import Step
 
-VOCAB = 61
 DRAFTERS = ["none", "ngram", "model"]
-
-
-def tiny(seed: int, layers: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.15,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -198,20 +188,6 @@ def test_return_dict_holds_scores_logits_and_statistics(model: Any, draft_model:
     for mine, theirs in ((got.scores, expected.scores), (got.logits, expected.logits)):
         assert len(mine) == len(theirs) == 14
         torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), rtol=1e-4, atol=1e-4)
-
-
-class Collector:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.parts: list[list[int]] = []
-        self.ended = 0
-
-    def put(self, value: Tensor) -> None:
-        self.parts.append(value.reshape(-1).tolist())
-
-    def end(self) -> None:
-        self.ended += 1
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_wrapper import VOCAB, Collector, tiny
+from tinyllama import VOCAB, Collector, tiny
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (

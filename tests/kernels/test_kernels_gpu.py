@@ -13,14 +13,14 @@ from typing import Any
 import kernel_probes
 import pytest
 import torch
+from devices import needs_gpu
 from kernel_cases import kernel_cache, noise_keys, simulated  # noqa: F401
 from kernel_probes import PROBES
-from test_batch_verdicts import NOISE, PARAMS, on_host, some_pass
+from verdict_cases import NOISE, PARAMS, on_host, some_pass
 
 from specdec.cuda.batch_verdicts import TreeBatch, decide, verdicts_on_device
 from specdec.distributions import WarperTransform
 from specdec.interfaces import BatchRule, Verifier
-from specdec.kernels import gpu
 from specdec.kernels.commit import KVBuffers, commit_kv
 from specdec.kernels.pick import Filters, pick_rows
 from specdec.kernels.walk import walk_tree
@@ -28,8 +28,6 @@ from specdec.sampling import GREEDY, SamplingParams
 from specdec.verifiers import make_verifier
 
 OPS = ("pick_rows", "walk_tree", "reject_tree", "tree_attention")
-REASON = gpu.device_unavailable(torch.device("cuda")) if torch.cuda.is_available() else "torch sees no CUDA device"
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=f"no GPU for the kernels: {REASON}")]
 
 
 def moved(value: Any, device: str) -> Any:

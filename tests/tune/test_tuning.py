@@ -366,7 +366,7 @@ def test_a_file_of_another_machine_or_dtype_says_so(tuned_file, target, tmp_path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "no JSON file"),
+        ("{", "not a JSON file"),
         ("[]", "no tuned settings"),
         ('{"schema": 1, "rows": []}', "no tuned settings"),
         ('{"kind": "tuned", "schema": 9}', "schema 9, expected 1"),
@@ -402,7 +402,7 @@ def test_bench_and_generate_take_the_file(specdec_command, tuned_file, target, t
     assert specdec_command("generate", "abc", *common).status == 0
     broken = tmp_path / "b.json"
     broken.write_text("no")
-    assert "no JSON file" in specdec_command("generate", "abc", "--config", str(broken)).error
+    assert "not a JSON file" in specdec_command("generate", "abc", "--config", str(broken)).error
 
 
 def test_trees_are_drawn_from_a_tuned_file(specdec_command, tuned_file, tmp_path):
