@@ -4,13 +4,17 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 VIEW_PARTS := drafters verifiers kernels cli analysis
 
-.PHONY: demo test check bench format clean install model
+.PHONY: demo test test-fast check bench format clean install model
 
 demo: model
 	$(BIN)/specdec bench --limit 8 --max-new-tokens 48 --drafter ngram --drafter hybrid
 
 test: model
 	$(BIN)/pytest
+
+# For daily work: about a minute, without the model.
+test-fast: install
+	$(BIN)/pytest -m "not slow"
 
 check: install
 	$(BIN)/ruff check .

@@ -239,6 +239,7 @@ def test_many_runs_with_counter_based_noise_fit_the_target(case: Case, verifier:
     assert g_test(observed, exact_joint(loop.target, PROMPT, 3)) > 1e-6
 
 
+@pytest.mark.slow
 def test_many_runs_of_plain_decoding_fit_the_target() -> None:
     """And so do all of sample-and-match, being token-identical to it. G-test; false alarm odds 1e-6."""
     loop = Loop(NoDrafter(), make_verifier("match"))

@@ -25,6 +25,7 @@ def context(**options: Any) -> DraftContext:
     return DraftContext(SimpleNamespace(vocab_size=50), make_verifier("match"), (), options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @given(st.dictionaries(KEYS, VALUES, max_size=4))
 @settings(deadline=None, derandomize=True)
 def test_what_is_written_is_read_back(options: dict[str, Any]) -> None:

@@ -104,6 +104,7 @@ def pair_error(folder: Path, num_tokens: int = 3) -> float:
 
 
 @pytest.mark.usefixtures("forgetful")
+@pytest.mark.slow
 def test_two_draft_models_beside_an_eagle_head_keep_the_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the case in which ``model`` is a hybrid itself; with shared numbers the same test fails."""
     assert pair_error(tmp_path) <= 1e-6

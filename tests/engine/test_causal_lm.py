@@ -126,6 +126,7 @@ def test_engines_on_one_model_run_in_threads_as_they_do_alone() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize("accelerate", [False, True])
 def test_calls_of_generate_on_one_model_run_in_threads(accelerate: bool, tmp_path: Path) -> None:

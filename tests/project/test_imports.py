@@ -147,6 +147,7 @@ def test_the_package_imports_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_generate_is_the_function_also_after_its_module_was_imported() -> None:
     """A submodule of the same name as a lazy attribute would replace it."""
     code = "import specdec.generation.wrapper, specdec; assert callable(specdec.generate) and callable(specdec.custom_generate)"
@@ -181,6 +182,7 @@ def third_party(path: Path) -> set[str]:
     return names - set(sys.stdlib_module_names) - ours
 
 
+@pytest.mark.slow
 def test_whatever_is_imported_is_declared_and_what_make_installs_is_pinned() -> None:
     """A package that only its author's machine has would stop every other one at the first test."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
