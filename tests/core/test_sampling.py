@@ -184,20 +184,22 @@ def test_a_prompt_length_for_each_row_is_that_of_the_row() -> None:
 def test_showing_a_long_history_costs_no_loop_over_its_tokens(length: int) -> None:
     """Guards a list of the whole text made into a tensor for each node: 5 ms at 32k tokens."""
     history, shown = Row(0, list(range(length)), 2 * length), Histories({0: [PADDING]})
-    assert shown.ids(history, [7], torch.device("cpu")).tolist() == [[PADDING, *range(length), 7]]
+    assert shown.ids(history, len(history.tokens), [7], torch.device("cpu")).tolist() == [[PADDING, *range(length), 7]]
     history.tokens.append(1)
-    kept = shown.ids(history, [], torch.device("cpu"))
+    kept = shown.ids(history, len(history.tokens), [], torch.device("cpu"))
     seconds = []
     for token in range(20):
         started = time.perf_counter()
-        ids = shown.ids(history, [token, 2], torch.device("cpu"))
+        ids = shown.ids(history, len(history.tokens), [token, 2], torch.device("cpu"))
         seconds.append(time.perf_counter() - started)
         assert ids[0, -3:].tolist() == [1, token, 2]
     assert min(seconds) < 1e-3
     ids.zero_()
     assert kept.tolist() == [[PADDING, *range(length), 1]], "what was shown is the caller's own"
     other = Row(0, [5, 6], 9)
-    assert shown.ids(other, [], torch.device("cpu")).tolist() == [[PADDING, 5, 6]], "another row of the same key"
+    assert shown.ids(other, len(other.tokens), [], torch.device("cpu")).tolist() == [[PADDING, 5, 6]], (
+        "another row of the same key"
+    )
 
 
 class Identity:

@@ -19,6 +19,10 @@ from specdec.interfaces import Row
 from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.skipif(bool(packing_fault(torch.float32)), reason=packing_fault(torch.float32))
+DTYPES = [
+    pytest.param(dtype, marks=pytest.mark.skipif(bool(packing_fault(dtype)), reason=packing_fault(dtype)))
+    for dtype in (torch.float32, torch.bfloat16)
+]
 
 LAYERS = 3
 SIZES = {
@@ -112,7 +116,7 @@ def quiet(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("change", [lambda model: model, massive, quiet])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_that_gives_other_numbers_is_not_taken(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, change: Callable[[Any], Any]
 ) -> None:
@@ -227,7 +231,8 @@ def test_a_fused_model_runs_where_gradients_are_on(dtype: torch.dtype) -> None:
     model, ids = accelerated(build("llama", dtype)), torch.arange(6)[None]
     with torch.no_grad():
         expected = model(ids).logits
-    assert torch.equal(model(ids).logits, expected)
+    # With gradients on, PyTorch may attend by another kernel, which rounds otherwise.
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5 if dtype is torch.float32 else 0)
 
 
 PARTS = [

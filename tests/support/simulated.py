@@ -187,6 +187,7 @@ class _Policy:
 class SimulatedTarget:
     world: World
     chain_only: bool = False
+    vocab_size: int = 2**31
     max_columns: list[int] = field(default_factory=list)
 
     def open(self, rows: Sequence[Row]) -> None: ...
