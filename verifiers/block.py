@@ -50,9 +50,8 @@ class BlockVerifier:
             here = target.probs(0)
         for i in range(1, num_drafted + 1):
             token = tree.tokens[i]
-            keep_prob = min(
-                1.0, keep_prob * acceptance_ratio(float(here[token]), SiblingDraftProbs(tree).probs(i, here), token)
-            )
+            ratio = acceptance_ratio(float(here[token]), SiblingDraftProbs(tree).probs(i, here), token)
+            keep_prob = min(1.0, keep_prob * ratio)
             if keep_prob == 0.0:
                 break  # nothing behind a token that the target excludes can be kept
             here = target.probs(i)

@@ -126,8 +126,8 @@ def test_ending_the_text_on_nan_is_found() -> None:
         assert_possible(Loop(agreeing(case), EndsTextOnNan()), RefusingNoise)
 
 
-COIN = "rng.bernoulli(acceptance(float(residual[token]), draft_probs, token), depth, order)"
-KEPT = "keep_prob * acceptance(float(here[token]), SiblingDraftProbs(tree).probs(i, here), token)"
+COIN = "rng.bernoulli(acceptance_ratio(float(residual[token]), draft_probs, token), depth, order)"
+KEPT = "keep_prob * ratio"
 HELD = "held = mass / (mass + (1 - keep_prob)) if mass > 0 else 0.0"
 UPDATE = "parent.keep_prob = mass / (mass + (1 - parent.keep_prob)) if mass > 0 else 0.0"
 LEFT = "left = subtract(parent.keep_prob * parent.residual, parent.draft.probs(child, parent.residual), token)"
@@ -164,7 +164,7 @@ BLOCK_MUTATIONS = {
     "product of ratios without min": (f"min(1.0, {KEPT})", KEPT),
     "product of ratios each cut at one": (
         f"min(1.0, {KEPT})",
-        KEPT.replace("acceptance(", "min(1.0, acceptance(") + ")",
+        "keep_prob * min(1.0, ratio)",
     ),
     "no product": (f"min(1.0, {KEPT})", KEPT.replace("keep_prob * ", "").join(["min(1.0, ", ")"])),
     "smallest kept position": ("if rng.bernoulli(held, i - 1):", "if rng.bernoulli(held, i - 1) and not kept:"),
@@ -256,7 +256,7 @@ def test_each_line_of_traversal_verification_matters(name: str) -> None:
 @pytest.mark.parametrize("name", RESIDUAL_MUTATIONS)
 def test_each_line_of_the_shared_algebra_matters(name: str, verifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant = mutated(residual, *RESIDUAL_MUTATIONS[name])
-    for used in ("SiblingDraftProbs", "acceptance", "normalised", "subtract"):
+    for used in ("SiblingDraftProbs", "acceptance_ratio", "normalised", "subtract"):
         monkeypatch.setattr({"rejection": rejection, "traversal": traversal}[verifier], used, getattr(mutant, used))
     assert fails(make_verifier(verifier))
 

@@ -178,7 +178,7 @@ def test_tune_tries_the_shapes_that_the_draft_model_can_read(
     words += ["--max-new-tokens", "4", "--max-nodes", "2", "--output", str(tmp_path / "tuned.json")]
     ran = tinychat.Command(monkeypatch, capsys)("tune", *words)
     assert ran.status == 0, ran.err
-    assert "what model proposes" in ran.err
+    assert "what model:num_tokens=8,min_confidence=0.0, model propose" in ran.err
     assert "shape=" not in ran.err
 
 

@@ -83,8 +83,8 @@ MUTANTS = [
     Mutant("pick", "rows.cuh", "0xffffffu - static_cast<uint32_t>(token)", "static_cast<uint32_t>(token)"),
     Mutant("pick", "rows.cuh", BARRIER, "", 0),
     Mutant("pick", "rows.cuh", BARRIER, "", 1),
-    Mutant("pick", "rng.cuh", "round < 10", "round < 9"),
-    Mutant("pick", "rng.cuh", "static_cast<uint64_t>(seed) >> 32", "static_cast<uint64_t>(seed) >> 31"),
+    Mutant("pick", "noise.cuh", "round < 10", "round < 9"),
+    Mutant("pick", "noise.cuh", "static_cast<uint64_t>(seed) >> 32", "static_cast<uint64_t>(seed) >> 31"),
     Mutant(
         "pick",
         "block.cuh",

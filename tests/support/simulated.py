@@ -98,7 +98,7 @@ class World:
     """
 
     machine: PassSeconds
-    rng: float = 0.0
+    noise: float = 0.0
     spikes: dict[int, float] = field(default_factory=dict)
     slow: tuple[tuple[int, int, float], ...] = ()
     drift: Callable[[float], float] = lambda share: 1.0
@@ -119,7 +119,7 @@ class World:
         seconds *= self.drift(self.progress)
         if counts:
             self.work += seconds
-        shown = seconds * self._factor() * np.exp(self.rng * self.random.standard_normal()) + extra
+        shown = seconds * self._factor() * np.exp(self.noise * self.random.standard_normal()) + extra
         if on_device and self.is_async:
             self.now += 0.05
             self._pending = float(shown)
