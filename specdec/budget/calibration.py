@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from specdec.budget.hit_counts import count_trial
 from specdec.tree import TokenTree
 
 _NUM_BUCKETS = 16
@@ -34,11 +35,7 @@ class _Shares:
 
     def learn(self, guess: float, is_hit: bool) -> None:
         bucket = _bucket(guess)
-        self.hits[bucket] += is_hit
-        self.trials[bucket] += 1
-        if self.trials[bucket] > 400:  # what is long past counts less
-            self.hits[bucket] /= 2
-            self.trials[bucket] /= 2
+        count_trial(self.hits, self.trials, bucket, is_hit)
         self._values = []
 
     def _fitted(self) -> list[float]:
@@ -113,11 +110,7 @@ class DepthRates:
             self.hits.append(0.0)
             self.trials.append(0.0)
         for level in range(min(depth, num_accepted + 1)):
-            self.hits[level] += level < num_accepted
-            self.trials[level] += 1
-            if self.trials[level] > 100:  # what is long past counts less
-                self.hits[level] /= 2
-                self.trials[level] /= 2
+            count_trial(self.hits, self.trials, level, level < num_accepted, memory=100)
 
     def expected(self, depth: int | None = None) -> list[float]:
         """[d]: accepted tokens of a draft d levels deep, down to ``depth`` (default: the deepest that was tried)."""
