@@ -9,8 +9,9 @@ VIEW_PARTS := drafters verifiers kernels cli analysis
 demo: model
 	$(BIN)/specdec bench --limit 8 --max-new-tokens 48 --drafter ngram --drafter hybrid
 
+# One process per core, one file at a time each.
 test: model
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --dist loadfile
 
 # For daily work: about a minute, without the model.
 test-fast: install

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import kernel_probes
 import simulator
 from kernel_cases import kernel_cache, simulated  # noqa: F401
 from kernel_probes import PROBES
@@ -23,7 +24,7 @@ from kernel_probes import PROBES
 from specdec.kernels import source
 
 pytestmark = pytest.mark.usefixtures("simulated")
-HERE = Path(__file__).resolve().parent
+SUPPORT = Path(kernel_probes.__file__).resolve().parent
 FLAGS = {
     "asan": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "tsan": "-O1 -g1 -fsanitize=thread",
@@ -41,13 +42,13 @@ def run(kind: str, probes: tuple[str, ...], cache: str, folder: Path | None = No
         "LD_PRELOAD": library,
         "SPECDEC_SIM_FLAGS": FLAGS[kind],
         "SPECDEC_KERNELS": "sim",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), str(HERE / "support"), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")])),
         "SPECDEC_KERNEL_CACHE": cache,
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(HERE / "kernel_probes.py"), *probes]
+    command = [sys.executable, str(SUPPORT / "kernel_probes.py"), *probes]
     if folder is not None:
         command = [sys.executable, "-P", "-c", _ELSEWHERE.format(str(folder)), *probes]
     if kind == "tsan":
