@@ -112,7 +112,7 @@ def by_levels(lm: CausalLM, rows: list[Row], rng: random.Random) -> list[Scores]
 
 
 def kept_states(lm: CausalLM, rows: list[Row]) -> list[Tensor]:
-    lines = [lm._cache_rows[row] for row in rows]
+    lines = [lm._rows[row] for row in rows]
     buffers = [buffer for pair in lm._cache.pairs if pair for buffer in pair]
     return [buffer[line.index, :, : line.length] for buffer in buffers for line in lines]
 
