@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.engine.attention import NAME as OUR_ATTENTION
 from specdec.engine.cache import RaggedCache
 from specdec.engine.hidden_states import HiddenStateHooks, joined
 from specdec.engine.layout import KVRows
 from specdec.engine.masks import MaskStyle
 from specdec.engine.model_state import ModelState
 from specdec.engine.offload import input_device
+from specdec.engine.paged_rows import PagedRows
 from specdec.engine.passes import RowPass, in_order
 from specdec.engine.probe import Support, inspect_model, probe
 from specdec.engine.ragged_rows import RaggedRows
@@ -28,6 +30,8 @@ from specdec.engine.replay import Replay, ReplayPool
 from specdec.engine.wrapped import model_inside, takes
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row, Scores
+from specdec.paging.pool import BlockPool
+from specdec.paging.tables import BlockTables
 from specdec.tree import TokenTree
 
 PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
@@ -43,6 +47,8 @@ class CausalLM:
         feature_layers: also return these entries of ``hidden_states`` (0 = embeddings), side by side.
         replays: where recorded passes come from (``specdec.cuda.graphs.graph_pool``); None: nothing is recorded. They
             and the cache stay for the next engine on ``model`` once all rows are closed.
+        tables: keep keys and values in pages, in the blocks of these tables, which draft models share; None: in lines.
+        is_owner: whether rows get and lose their blocks here (the target); draft models follow.
         clock: seconds; the time spent inside the model is added up in ``model_s``.
 
     Raises:
@@ -56,6 +62,8 @@ class CausalLM:
         capture_hidden: bool = False,
         feature_layers: Sequence[int] = (),
         replays: ReplayPool | None = None,
+        tables: BlockTables | None = None,
+        is_owner: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.module = model  # what runs
@@ -69,7 +77,9 @@ class CausalLM:
         self._clock = clock
         self._config = model.config.get_text_config()
         self.hidden_size: int = self._config.hidden_size
-        self._rows: KVRows = RaggedRows(self._new_cache())
+        self._new_rows: Callable[[], KVRows] = self._lines
+        self._rows = self._new_rows()
+        self.tables: BlockTables | None = None
         self.replays: ReplayPool | None = None  # the probe takes the ordinary path
         self.replay: Replay | None = None
         self._takes_keep = takes(self.module, "logits_to_keep")
@@ -78,7 +88,28 @@ class CausalLM:
         # Once for each model object: generate() builds a CausalLM at every call.
         key = ("support", *self._built_for.values(), self.support)
         self.support = ModelState.of(self.module).keep(key, self._probe)
-        self.replays = replays
+        if tables is not None:
+            self._move_into(tables, is_owner)
+        else:
+            self.replays = replays
+
+    def _move_into(self, tables: BlockTables, is_owner: bool) -> None:
+        """Keep rows in pages: one behind the other in a pass where the model takes our attention and passes a trial."""
+
+        def pages(tables: BlockTables, is_owner: bool, is_flat: bool) -> PagedRows:
+            return PagedRows(tables, self._config.num_hidden_layers, is_owner=is_owner, is_flat=is_flat)
+
+        def is_flat() -> bool:
+            if self.chain_only or self._config._attn_implementation != OUR_ATTENTION:
+                return False
+            self._new_rows = lambda: pages(BlockTables(BlockPool(8, 4)), is_owner=True, is_flat=True)
+            self._rows = self._new_rows()
+            return not probe(self, branching=True)
+
+        key = ("flat", *self._built_for.values())
+        is_flat_here = ModelState.of(self.module).keep(key, is_flat)
+        self.tables, self._new_rows = tables, lambda: pages(tables, is_owner, is_flat_here)
+        self._rows = self._new_rows()
 
     def request(self, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
         """Return these hidden states, too, with every pass from now on; what was asked for earlier stays.
@@ -187,7 +218,7 @@ class CausalLM:
 
     def reset(self) -> None:
         """Forget all rows and free the cache."""
-        self._rows, self.replay = RaggedRows(self._new_cache()), None
+        self._rows, self.replay = self._new_rows(), None
 
     def _probe(self) -> Support:
         """Try what the config promises, so that no model can be wrong in silence."""
@@ -223,6 +254,9 @@ class CausalLM:
 
     def _new_cache(self) -> RaggedCache:
         return RaggedCache(self._config.num_hidden_layers)
+
+    def _lines(self) -> KVRows:
+        return RaggedRows(self._new_cache())
 
     def _check(self, row: Row, may_outgrow: bool) -> None:
         if not row.tokens:
