@@ -21,12 +21,10 @@ from specdec.drafters.heads.eagle_cell import EagleCell, FeatureCell, pack_cell
 from specdec.drafters.heads.eagle_config import EagleConfig
 from specdec.drafters.heads.eagle_reading import NUM_FEATURES
 from specdec.drafters.heads.shipped import draft_dtype
-from specdec.engine.cache import RaggedCache
 from specdec.engine.causal_lm import PREFILL_CHUNK
 from specdec.engine.layout import KVRows
 from specdec.engine.offload import loaded
 from specdec.engine.passes import RowPass
-from specdec.engine.ragged_rows import RaggedRows
 from specdec.errors import CheckpointError
 from specdec.interfaces import ModelTarget, Row, Scores
 from specdec.tree import TokenTree
@@ -57,7 +55,7 @@ class EagleEngine:
         target.request(hidden=not self.layers, layers=self.layers)
         self._embed: Any = cell.embed_tokens or target.model.get_input_embeddings()
         self._output: Any = cell.logits if isinstance(cell, EagleCell) else target.model.get_output_embeddings()
-        self._rows: KVRows = RaggedRows(RaggedCache(cell.num_layers))
+        self._rows: KVRows = target.rows_beside(cell.num_layers)
         self._features: dict[Row, list[Tensor]] = {}  # (k, F) true ones that the cache lacks
         self._states: dict[Row, Tensor] = {}  # (n, H) the head's outputs at the nodes of the tree being grown
         self._clock = clock

@@ -80,6 +80,8 @@ class CausalLM:
         self._new_rows: Callable[[], KVRows] = self._lines
         self._rows = self._new_rows()
         self.tables: BlockTables | None = None
+        self._queued: dict[Row, int] = {}  # tokens of prompts that the next pass is to process
+        self._processed: dict[Row, list[Scores]] = {}  # what earlier ones said of them
         self.replays: ReplayPool | None = None  # the probe takes the ordinary path
         self.replay: Replay | None = None
         self._takes_keep = takes(self.module, "logits_to_keep")
@@ -139,6 +141,12 @@ class CausalLM:
             )
         return scores.hidden
 
+    def rows_beside(self, num_layers: int) -> KVRows:
+        """Where a head that follows this model keeps the keys and values of its layers, in pages if they are here."""
+        if self.tables is None:
+            return RaggedRows(RaggedCache(num_layers))
+        return PagedRows(self.tables, num_layers, must_follow=True)
+
     @property
     def chain_only(self) -> bool:
         """Whether only chains can be verified (see ``support.reason``)."""
@@ -179,13 +187,14 @@ class CausalLM:
         """
         self._check_settings()
         scored = num_scored or [0] * len(rows)
-        row_passes: list[RowPass] = []
-        earlier: list[list[Scores]] = []
+        queued, self._queued = self._queued, {}
+        row_passes = [RowPass(self._rows[row], self.pending(row)[:count], None, 0) for row, count in queued.items()]
+        earlier: list[list[Scores]] = [[]] * len(queued)
         for row, tree, done in zip(rows, trees, scored, strict=True):
             cache_row = self._rows[row]
-            pending = [] if done else row.tokens[cache_row.length : -1]
+            pending = [] if done else self.pending(row)
             chunks = self._prefill(row, pending)
-            earlier.append(chunks)
+            earlier.append(self._processed.pop(row, []) + chunks)
             compact, cache_row.nodes = tree.compact()
             num_done = len(set(cache_row.nodes[:done]))
             row_passes.append(RowPass(cache_row, pending[len(chunks) * PREFILL_CHUNK :], compact, num_done))
@@ -195,11 +204,30 @@ class CausalLM:
                 results[i] = joined([*earlier[i], scores])
         for row_pass in row_passes:
             row_pass.cache_row.length = row_pass.base
+        for row, result in zip(queued, results, strict=False):
+            if result is not None and self._capture.is_active:
+                self._processed.setdefault(row, []).append(result)
+        trees_behind = slice(len(queued), None)
         return [
             expanded(r, row_pass.cache_row.nodes[done:], row_pass.num_scored)
-            for r, row_pass, done in zip(results, row_passes, scored, strict=True)
+            for r, row_pass, done in zip(results[trees_behind], row_passes[trees_behind], scored, strict=True)
             if r is not None
         ]
+
+    def pending(self, row: Row) -> list[int]:
+        """The tokens of ``row`` before its newest that the cache lacks."""
+        return row.tokens[self._rows[row].length : -1]
+
+    def num_kept(self, row: Row) -> int:
+        """How many tokens of ``row`` the cache holds."""
+        return self._rows[row].length
+
+    def queue_prefill(self, row: Row, num_tokens: int) -> None:
+        """Let the next ``score`` process so many of the row's pending tokens beside what it scores, in the same pass.
+
+        What else it has pending follows later; hidden states come with the row's first scores.
+        """
+        self._queued[row] = num_tokens
 
     def commit(self, rows: Sequence[Row], paths: Sequence[Sequence[int]]) -> None:
         """Keep the slots of the nodes ``paths`` (root first); they become the rows' next slots."""
@@ -211,6 +239,9 @@ class CausalLM:
     def close(self, rows: Sequence[Row]) -> None:
         """Free the lines of ``rows``; rows that were never opened are ignored."""
         self._rows.close(rows)
+        for row in rows:
+            self._queued.pop(row, None)
+            self._processed.pop(row, None)
         if self.replays and self.replay and rows and not len(self._rows):
             assert isinstance(self._rows, RaggedRows)
             self.replays.give_back(self._rows.cache, self.replay)
