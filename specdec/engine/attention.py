@@ -147,6 +147,14 @@ def attention_copy(model: Any) -> Any:
     return kept_copy("attention", model, _on_our_attention)
 
 
+def on_our_attention(model: Any) -> Any:
+    """``attention_copy`` where that can be; else ``model`` as it is, for which what rows see is gathered."""
+    try:
+        return attention_copy(model)
+    except UnsupportedModelError:
+        return model
+
+
 def _on_our_attention(model: Any) -> Any:
     if model.config.get_text_config()._attn_implementation == NAME:
         return model

@@ -167,7 +167,7 @@ class CausalLM:
             ValueError: an empty prompt, ids outside the vocabulary, or more positions than the model has.
         """
         for row in rows:
-            self._check(row, may_outgrow)
+            self.check(row, may_outgrow)
         style = self.support.style
         if self.replays and style and not len(self._rows) and not self.chain_only:
             cache, self.replay = self.replays.borrow(style, self._new_cache)
@@ -289,7 +289,21 @@ class CausalLM:
     def _lines(self) -> KVRows:
         return RaggedRows(self._new_cache())
 
-    def _check(self, row: Row, may_outgrow: bool) -> None:
+    def kv_bytes_per_token(self) -> int:
+        """What a token's keys and values take in all layers; asked before any row is open."""
+        row = Row(0, [0], 2)
+        self._rows.open([row])
+        try:
+            self.score([row], [TokenTree.root(0)])
+            assert isinstance(self._rows, RaggedRows)
+            buffers = [buffer for pair in self._rows.cache.pairs if pair for buffer in pair]
+        finally:
+            self.close([row])
+            self.model_s, self.num_passes = 0.0, 0
+        return sum(b.shape[1] * b.shape[3] * b.element_size() for b in buffers)
+
+    def check(self, row: Row, may_outgrow: bool = False) -> None:
+        """Whether ``row`` can be opened, as ``open`` says it."""
         if not row.tokens:
             raise ValueError("a row needs at least one prompt token, got an empty prompt")
         worst = max(max(row.tokens), -min(row.tokens))

@@ -34,10 +34,11 @@ ROOMS: dict[str, str] = {
     "cuda": "core engine kernels",
     "verifiers": "core",
     "drafters": "core records hub engine cpu",
-    "runtime": "core records engine cpu cuda drafters verifiers kernels",
+    "runtime": "core records paging engine cpu cuda drafters verifiers kernels",
     "generation": "core engine drafters verifiers runtime",
+    "serving": "core engine paging runtime",
     "tune": "core records engine drafters verifiers runtime",
-    "cli": "core records hub engine cpu cuda kernels drafters verifiers runtime generation tune analysis",
+    "cli": "core records hub engine cpu cuda kernels drafters verifiers runtime generation serving tune analysis",
     "analysis": "core records",
 }
 # Files in specdec/ that put the rooms below together, and what is for everybody to import from the package itself.
