@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,16 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", help="CPU threads of the model; torch's own choice by default.")
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How the models run here."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    threads: Threads = None
+
 
 Config = Annotated[
     Path | None,

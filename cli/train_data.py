@@ -7,10 +7,13 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from specdec.cli import options
 from specdec.cli.text import tell
-from specdec.hub.catalog import cache_dir
+from specdec.hub.catalog import DEFAULT_MODEL, cache_dir
 
 if TYPE_CHECKING:
     from specdec.drafters.training.data import Chat, Conversation, DataFolder
@@ -28,13 +31,19 @@ class Source:
         ValueError: too few conversations, or a file of questions that cannot be read.
     """
 
-    target: str
-    data: str  # a file of questions, or SELF
-    count: int
-    max_answer_tokens: int
-    batch_size: int
-    seed: int
-    work: Path | None
+    target: options.Target = DEFAULT_MODEL
+    data: Annotated[
+        str,
+        typer.Option(metavar="FILE", help=f"Questions as JSONL, as for bench; {SELF}: the target writes them itself."),
+    ] = SELF
+    conversations: Annotated[int, typer.Option(metavar="N", help="How many the target answers.")] = 2000
+    max_answer_tokens: Annotated[int, typer.Option(metavar="N", help="The longest answer.")] = 256
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows that are generated at a time.")] = 64
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keeps text and features for other runs; default: in the cache folder."),
+    ] = None
+    seed: options.Seed = 0
     _texts: tuple[str, ...] = field(init=False)  # of a file's questions
 
     def __post_init__(self) -> None:
@@ -51,7 +60,7 @@ class Source:
 
     @property
     def _count(self) -> int:
-        return self.count if self.data == SELF else min(self.count, len(self._texts))
+        return self.conversations if self.data == SELF else min(self.conversations, len(self._texts))
 
     @property
     def _folder(self) -> Path:

@@ -13,9 +13,10 @@ from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specdec.interfaces import DraftContext, Drafter
+if TYPE_CHECKING:  # names alone must not wait for torch
+    from specdec.interfaces import DraftContext, Drafter
 
 ENTRY_POINTS = "specdec.drafters"
 
@@ -24,7 +25,7 @@ DRAFTERS: dict[str, str] = {
     module.name: f"{__name__}.{module.name}" for module in iter_modules(__path__) if not module.ispkg
 }
 
-Build = Callable[[DraftContext], Drafter]
+Build = Callable[["DraftContext"], "Drafter"]
 
 # option=value, and the comma behind it: a quoted string as in Python, or anything up to the next comma.
 _OPTION = re.compile(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from specdec.drafters.heads.checkpoint_io import check_tensors, read_plain
 from specdec.drafters.training.outcome import Batch, Batches, Meter, Outcome
+from specdec.drafters.training.recipes import TrainSettings
 from specdec.errors import CheckpointError
 from specdec.records.files import write_file
 
@@ -31,33 +32,6 @@ _STATE = "state.pt"
 _LOG = "log.jsonl"
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """How long and how hard to train. With ``minutes``, training ends after that time, and so does the schedule."""
-
-    epochs: float = 3.0
-    minutes: float | None = None
-    learning_rate: float = 1e-3
-    warmup: float = 0.02  # share of the run
-    weight_decay: float = 0.01
-    clip: float = 1.0  # of the gradient's norm
-    precision: str = "bf16"  # of the matrix products: bf16, fp16 or no
-    device: str = "auto"
-    seed: int = 0
-    save_every_s: float = 45.0
-    report_every_s: float = 15.0
-    evaluate_every_s: float = 240.0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "clip", "save_every_s", "report_every_s", "evaluate_every_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be positive, got {self.minutes}")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision must be no, bf16 or fp16, got {self.precision!r}")
 
 
 @dataclass(slots=True)

@@ -27,7 +27,17 @@ def target(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "generate --help", "bench --help", "models --help", "models list", "doctor --help", "--version"]
+    "words",
+    [
+        "--help",
+        "generate --help",
+        "bench --help",
+        "models --help",
+        "models list",
+        "doctor --help",
+        "train eagle --help",
+        "--version",
+    ],
 )
 def test_help_does_not_wait_for_torch(words):
     """Importing torch takes seconds on a cold disk; --help should answer at once."""

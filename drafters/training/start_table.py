@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from specdec.drafters.heads.shipped import target_facts
 from specdec.drafters.lookup.successors import Order, StartTable, keys_of
 from specdec.drafters.training.features import FeatureStore
+from specdec.drafters.training.job import Facts, Job
 from specdec.drafters.training.outcome import RANKS
+from specdec.drafters.training.recipes import TableRecipe
 
 MAX_ORDER = 3  # longer contexts are too rare to add anything
 _NUM_SUCCESSORS = 8
@@ -28,6 +31,17 @@ _MERGE_EVERY = 1 << 23  # pairs that wait to be summed
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+
+def train_table(job: Job, recipe: TableRecipe) -> Facts:
+    """Gather a start table by ``recipe`` and save it."""
+    vocab_size = job.model.config.get_text_config().vocab_size
+    table = gather(job.store, job.split.train, vocab_size, recipe.contexts, target_facts(job.model))
+    job.save(lambda: table.save(job.folder))
+    accuracy = judge(table, job.store, job.split.held_out)
+    hits = ", ".join(f"{name} {rates[0]:.3f}" for name, rates in accuracy.items())
+    job.say(f"{table.num_contexts} contexts; on held-out text {hits}")
+    return {"num_contexts": table.num_contexts, **accuracy}
 
 
 @dataclass(frozen=True, slots=True)
