@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, Signature, get_annotations, signature
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -23,7 +23,8 @@ class GroupedCommand(TyperCommand):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                sections.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
+                heading = getattr(parameter, "rich_help_panel", None) or f"{parameter.param_type_name}s".capitalize()
+                sections.setdefault(heading, []).append(record)
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
@@ -34,7 +35,8 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
 
     A field is an option if its annotation is one of typer's, or if its metadata holds a ``help`` (and perhaps a
     ``metavar``). A field that is a dataclass is a group again, with the values of that field's default. The first line
-    of a group's docstring is its heading.
+    of a group's docstring is its heading; fields that it inherits stand behind its own, those of a public class under
+    that class's heading.
     """
     hints = get_type_hints(function, include_extras=True)
     parameters = signature(function).parameters
@@ -56,13 +58,12 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
 
 def _options(group: Any, instance: Any = None) -> Iterator[Parameter]:
     """The options of ``group``, those of groups inside it last; ``instance`` gives their defaults."""
-    heading = group.__doc__.partition("\n")[0].rstrip(".")
     inner: list[Parameter] = []
     for field, hint in _fields(group):
         default = _default(field) if instance is None else getattr(instance, field.name)
         if is_dataclass(hint):
             inner += _options(hint, default)
-        elif (annotation := _annotation(field, hint, heading)) is not None:
+        elif (annotation := _annotation(field, hint, _heading(group, field))) is not None:
             yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
     yield from inner
 
@@ -96,8 +97,21 @@ def _taken(hint: Any, values: dict[str, Any], name: str, instance: Any = None) -
 
 
 def _fields(group: Any) -> Iterator[tuple[Field[Any], Any]]:
+    """The fields that are given at construction with their types, ``group``'s own before those of its bases."""
     hints = get_type_hints(group, include_extras=True)
-    return ((field, hints[field.name]) for field in fields(group) if field.init)
+    own_first = sorted(fields(group), key=lambda field: group.__mro__.index(_owner(group, field)))
+    return ((field, hints[field.name]) for field in own_first if field.init)
+
+
+def _owner(group: Any, field: Field[Any]) -> Any:
+    """The class that introduces the field: a subclass may only change its default."""
+    return [base for base in group.__mro__ if field.name in get_annotations(base)][-1]
+
+
+def _heading(group: Any, field: Field[Any]) -> str:
+    owner = _owner(group, field)
+    described = group if owner.__name__.startswith("_") else owner
+    return str(described.__doc__).partition("\n")[0].rstrip(".")
 
 
 def _default(field: Field[Any]) -> Any:

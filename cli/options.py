@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdec.settings import meaning
+from specdec.settings import DEFAULTS, meaning
 
 if TYPE_CHECKING:
     from specdec.records.tuned import Tuned
@@ -62,13 +62,34 @@ Threads = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """How the models run here."""
 
     dtype: Dtype = "auto"
     device: Device = "auto"
     threads: Threads = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(Machine):
+    """How the models run here."""
+
+    accelerate: Accelerate = True
+    cuda_graphs: CudaGraphs = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """How to speculate.
+
+    Named as in ``specdec.settings``; all of them are passed to ``specdec.generate``.
+    """
+
+    verifier: Verifier = str(DEFAULTS.verifier)
+    max_nodes: MaxNodes = DEFAULTS.max_nodes
+    adaptive: Adaptive = DEFAULTS.adaptive
+    seed: Seed = 0
 
 
 Config = Annotated[

@@ -14,7 +14,7 @@ from specdec.cli import options
 from specdec.cli.groups import GroupedCommand, grouped
 from specdec.cli.text import tell
 from specdec.cli.train_data import Source
-from specdec.drafters.training.recipes import DraftRecipe, EagleRecipe, FittedRecipe, MedusaRecipe, TableRecipe
+from specdec.drafters.training.recipes import DraftRecipe, EagleRecipe, MedusaRecipe, TableRecipe
 from specdec.hub.catalog import known_models
 from specdec.hub.load import load_model, load_tokenizer
 
@@ -101,7 +101,7 @@ def _train(
     from specdec.drafters.training.job import Job
 
     options.set_threads(machine.threads)
-    if isinstance(recipe, FittedRecipe):
+    if not isinstance(recipe, TableRecipe):
         recipe = replace(recipe, settings=replace(recipe.settings, seed=source.seed))
     folder = output.expanduser()
     folder.mkdir(parents=True, exist_ok=True)

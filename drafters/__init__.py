@@ -93,6 +93,12 @@ def auto_drafter(has_draft_model: bool) -> str:
     return "model" if has_draft_model else "hybrid"
 
 
+def resolved_drafter(text: str, has_draft_model: bool) -> str:
+    """The drafter that ``text`` names, with ``auto`` replaced by what it stands for."""
+    name, colon, rest = text.partition(":")
+    return (auto_drafter(has_draft_model) if name == "auto" else name) + colon + rest
+
+
 def make_drafter(text: str, context: DraftContext) -> Drafter:
     """The drafter that ``text`` names, for the target and verifier of ``context``.
 

@@ -53,7 +53,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FittedRecipe:
+class _FittedRecipe:
     """What all kinds share whose weights are fitted."""
 
     start_from: str | None = option(
@@ -68,7 +68,7 @@ class FittedRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadRecipe(FittedRecipe):
+class _HeadRecipe(_FittedRecipe):
     """What heads share that draft from the target's hidden states."""
 
     draft_vocab: int = option(16384, "Token ids that it can draft: the most used ones; 0: all.", at_least=0)
@@ -76,7 +76,7 @@ class HeadRecipe(FittedRecipe):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MedusaRecipe(HeadRecipe):
+class MedusaRecipe(_HeadRecipe):
     """Medusa heads."""
 
     kind: ClassVar = "medusa"
@@ -87,7 +87,7 @@ class MedusaRecipe(HeadRecipe):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EagleRecipe(HeadRecipe):
+class EagleRecipe(_HeadRecipe):
     """The EAGLE-3 cell."""
 
     kind: ClassVar = "eagle"
@@ -97,7 +97,7 @@ class EagleRecipe(HeadRecipe):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DraftRecipe(FittedRecipe):
+class DraftRecipe(_FittedRecipe):
     """The draft model."""
 
     kind: ClassVar = "draft"
