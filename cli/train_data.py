@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +17,9 @@ from specdec.cli.text import tell
 from specdec.hub.catalog import DEFAULT_MODEL, cache_dir
 
 if TYPE_CHECKING:
-    from specdec.drafters.training.data import Chat, Conversation, DataFolder
+    from specdec.drafters.training.data import Conversation, DataFolder
     from specdec.drafters.training.features import FeatureStore
+    from specdec.drafters.training.generator import Chat
 
 SELF = "self"  # instead of a file: the target writes the questions
 _SHOW_EVERY_S = 10.0
@@ -87,7 +89,8 @@ class Source:
         return store, texts
 
     def _write(self, model: Any, tokenizer: Any) -> list[Conversation]:
-        from specdec.drafters.training.data import Chat, DataFolder, DataSettings
+        from specdec.drafters.training.data import DataFolder, DataSettings
+        from specdec.drafters.training.generator import Chat
 
         has_template = bool(getattr(tokenizer, "chat_template", None))
         chat = Chat.of(tokenizer) if self.data == SELF or has_template else Chat.plain(tokenizer)
@@ -103,19 +106,20 @@ class Source:
     def _generate(self, model: Any, chat: Chat, folder: DataFolder) -> None:
         from specdec.cli.loading import check_prompt, eos_ids
         from specdec.cpu.accelerate import accelerated
-        from specdec.drafters.training.data import OPENERS, Generator
-        from specdec.engine.causal_lm import CausalLM
-        from specdec.verifiers import make_verifier
+        from specdec.drafters.training.generator import OPENERS, Generator
+        from specdec.runtime import Runtime
+        from specdec.settings import Settings
 
-        engine, settings = CausalLM(accelerated(model)), folder.settings
-        own = self.data == SELF
-        openers = [json.loads(line) for line in OPENERS.read_text("utf-8").splitlines()] if own else []
-        questions = None if own else [chat.encode(text) for text in self._texts]
+        runtime, settings = Runtime(accelerated(model)), folder.settings  # a copy that ends with this function
+        asks_itself = self.data == SELF
+        openers = [json.loads(line) for line in OPENERS.read_text("utf-8").splitlines()] if asks_itself else []
+        questions = None if asks_itself else [chat.encode(text) for text in self._texts]
         for i, question in enumerate(questions or [[0] * settings.max_question_tokens], start=1):
             what = "a conversation" if questions is None else f"question {i} of {self.data}"
-            check_prompt(engine, chat.prompt(question), settings.max_answer_tokens, what)
-        rule, ends = make_verifier("match"), eos_ids(model)
-        generator = Generator(engine, rule, ends, chat, settings, openers, questions, self.batch_size)
+            check_prompt(runtime.target, chat.prompt(question), settings.max_answer_tokens, what)
+        plain = Settings(drafter="none", adaptive=False, seed=settings.seed)
+        make_decoder = partial(runtime.decoder, plain)
+        generator = Generator(make_decoder, eos_ids(model), chat, settings, openers, questions, self.batch_size)
         progress, done, tokens = Progress("conversations"), settings.count - len(folder.missing()), 0
         for number, text in enumerate(generator.run(folder), start=done + 1):
             tokens += text.num_answer

@@ -15,7 +15,7 @@ import tinychat
 import torch
 
 from specdec.cli.train_data import Source
-from specdec.drafters.training import data
+from specdec.drafters.training import data, generator
 
 NUM = 128  # the fewest conversations that can be trained on
 TEXT = ("--conversations", str(NUM), "--max-answer-tokens", "8", "--threads", "1")
@@ -137,9 +137,9 @@ def test_a_run_that_is_stopped_while_it_writes_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ctrl-C in the first stage, then the same command again: the text is that of a run that was not stopped."""
-    whole = data.Generator.run
+    whole = generator.Generator.run
 
-    def stopped(self: data.Generator, folder: Any) -> Iterator[Any]:
+    def stopped(self: generator.Generator, folder: Any) -> Iterator[Any]:
         for number, text in enumerate(whole(self, folder)):
             if number == 40:
                 raise KeyboardInterrupt
@@ -149,7 +149,7 @@ def test_a_run_that_is_stopped_while_it_writes_goes_on(
     train = ("train", "medusa", "--target", target, "--output", str(tmp_path / "out"), *SMALL["medusa"], "--work")
     assert specdec_command(*train, str(work)).status == 0
     with monkeypatch.context() as patch:
-        patch.setattr(data.Generator, "run", stopped)
+        patch.setattr(generator.Generator, "run", stopped)
         ran = specdec_command(*train, str(own))
     assert ran.status == 130
     assert len((own / "conversations.jsonl").read_text().splitlines()) >= 40
