@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from specdec.cpu.packed_linear import is_packed, pack
 from specdec.drafters.heads.medusa_heads import MedusaHeads, load_medusa, pack_heads
 from specdec.drafters.heads.shipped import draft_dtype, find, kept, require_causal_lm, version
-from specdec.drafters.trees.growth import ChildSampling, Shape, choose_child_sampling
+from specdec.drafters.trees.expansion import ChildSampling, Shape, choose_child_sampling
 from specdec.drafters.trees.ranking import DraftVocab, ranking
 from specdec.drafters.trees.shapes import Path, StaticShape, Table, greedy_growth
 from specdec.engine.offload import loaded

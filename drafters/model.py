@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder, choose_child_sampling, grow
+from specdec.drafters.trees.expansion import ChildSampling, Shape, choose_child_sampling
+from specdec.drafters.trees.growth import TreeBuilder, grow
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.replay import ReplayPool
 from specdec.engine.wrapped import described

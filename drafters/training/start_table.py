@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.drafters.heads.shipped import target_facts
-from specdec.drafters.lookup.successors import Order, StartTable, keys_of
+from specdec.drafters.lookup.start_table import Order, StartTable
+from specdec.drafters.lookup.successors import keys_of
 from specdec.drafters.training.features import FeatureStore
 from specdec.drafters.training.job import Facts, Job
 from specdec.drafters.training.outcome import RANKS

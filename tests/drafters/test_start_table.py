@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import specdec
 from specdec.drafters import make_drafter
-from specdec.drafters.lookup.successors import Order, StartTable, classes_of, hashed, keys_of
+from specdec.drafters.lookup.start_table import Order, StartTable
+from specdec.drafters.lookup.successors import classes_of, hashed, keys_of
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.training.start_table import gather, judge
 from specdec.engine.causal_lm import CausalLM
