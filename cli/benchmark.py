@@ -44,7 +44,7 @@ from specdec.records.prompts import Prompt, load_prompts, render_turns
 from specdec.records.provenance import collect
 from specdec.records.trace import TraceWriter
 from specdec.sampling import SamplingParams
-from specdec.settings import DEFAULTS, Settings
+from specdec.settings import DEFAULTS
 from specdec.verifiers import make_verifier
 
 WARM_UP_TOKENS = 8
@@ -94,7 +94,7 @@ def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[li
     def own(
         name: str, spec: str | None, verifier: Verifier, drafter: Drafter | None = None, *, adaptive: bool = True
     ) -> Speculative:
-        settings = Settings(drafter=spec or "none", verifier=verifier, seed=config.seed)
+        settings = config.settings(drafter=spec or "none", verifier=verifier)
         budget = make_budget(config.max_nodes, adaptive and config.adaptive, costs)
         transform, stop = WarperTransform(SamplingParams(config.temperature)), ends_with(ends)
         decoder = loaded.runtime.decoder(settings, transform, stop, drafter=drafter, budget=budget, clock=clock)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdec.settings import DEFAULTS, meaning
+from specdec.settings import DEFAULTS, Settings, meaning
 
 if TYPE_CHECKING:
     from specdec.records.tuned import Tuned
@@ -90,6 +90,10 @@ class Speculation:
     max_nodes: MaxNodes = DEFAULTS.max_nodes
     adaptive: Adaptive = DEFAULTS.adaptive
     seed: Seed = 0
+
+    def settings(self, **others: Any) -> Settings:
+        """These options, with ``others`` beside them or in their place."""
+        return Settings(**{**{field.name: getattr(self, field.name) for field in fields(Speculation)}, **others})
 
 
 Config = Annotated[
