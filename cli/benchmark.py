@@ -192,8 +192,8 @@ class _Bench:
 
     def _batch(self, questions: Sequence[Question], answers: Sequence[Sequence[str]]) -> Batch:
         prompts = []
-        for question, given in zip(questions, answers, strict=True):
-            ids = render_turns(self.loaded.tokenizer, question.prompt, given)
+        for question, earlier_answers in zip(questions, answers, strict=True):
+            ids = render_turns(self.loaded.tokenizer, question.prompt, earlier_answers)
             check_prompt(self.loaded.target, ids, self.config.max_new_tokens, f"question {question.prompt.question_id}")
             prompts.append(tuple(ids))
         return Batch(tuple(prompts), tuple(q.number for q in questions), self.config.max_new_tokens)

@@ -155,7 +155,7 @@ def acceptance_facts(stats: Stats) -> dict[str, Any]:
 
 def _name_for_engines(target: str) -> str:
     """A built-in model lies in a folder that an engine can read."""
-    is_built_in = target in [known.name for known in known_models()]
+    is_built_in = target in [builtin.name for builtin in known_models()]
     return str(model_path(target)) if is_built_in else target
 
 

@@ -141,8 +141,8 @@ def generate(
         partial(_generate, loaded, ids, arguments, is_saved=sampling.generation_config),
         partial(make_view, loaded.tokenizer, explain=shown.explain, live=shown.live),
     )
-    named = _drafter_name(drafter, bool(drafter_model))
-    print(streamed.summary(verifier, named, len(ids)), file=sys.stderr)
+    drafter_name = _drafter_name(drafter, bool(drafter_model))
+    print(streamed.summary(verifier, drafter_name, len(ids)), file=sys.stderr)
     if streamed.is_interrupted:
         raise typer.Exit(130)
 

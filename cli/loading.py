@@ -107,7 +107,7 @@ def all_model_facts(target: str, draft_models: Sequence[str]) -> dict[str, Any]:
 def model_facts(name: str) -> dict[str, Any]:
     """What provenance says of a model: its id, and for a built-in one where its weights come from."""
     facts: dict[str, Any] = {"id": name}
-    if name in [known.name for known in known_models()] and is_fetched(name):
+    if name in [builtin.name for builtin in known_models()] and is_fetched(name):
         source = json.loads((model_path(name) / "specdec_source.json").read_text("utf-8"))
         facts |= {key: source[key] for key in ("source", "sha256", "member", "conversion_version")}
     return facts

@@ -143,4 +143,4 @@ def acceptance(kind: str, folder: Path, model: Any, questions: list[list[int]]) 
 
 def licence(target: str) -> str:
     """A built-in target's licence; of others it is not known."""
-    return next((known.licence.lower() for known in known_models() if known.name == target), "other")
+    return next((builtin.licence.lower() for builtin in known_models() if builtin.name == target), "other")

@@ -82,10 +82,10 @@ class Source:
         store = FeatureStore(self._folder / "features", layers)
         whole_shards = texts[: len(texts) // SHARD * SHARD]
         total = sum(min(len(text.tokens), store.max_length) for text in whole_shards)
-        progress, done = Progress("features, tokens"), 0
+        progress, num_tokens = Progress("features, tokens"), 0
         for size in store.build(model, texts):
-            done += size
-            progress.show(done, total)
+            num_tokens += size
+            progress.show(num_tokens, total)
         return store, texts
 
     def _write(self, model: Any, tokenizer: Any) -> list[Conversation]:
@@ -120,8 +120,8 @@ class Source:
         plain = Settings(drafter="none", adaptive=False, seed=settings.seed)
         make_decoder = partial(runtime.decoder, plain)
         generator = Generator(make_decoder, eos_ids(model), chat, settings, openers, questions, self.batch_size)
-        progress, done, tokens = Progress("conversations"), settings.count - len(folder.missing()), 0
-        for number, text in enumerate(generator.run(folder), start=done + 1):
+        progress, num_there, tokens = Progress("conversations"), settings.count - len(folder.missing()), 0
+        for number, text in enumerate(generator.run(folder), start=num_there + 1):
             tokens += text.num_answer
             progress.show(number, settings.count, f"{tokens} answer tokens")
 

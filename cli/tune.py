@@ -125,8 +125,8 @@ def _specs(drafters: Sequence[str], can_tree: bool) -> list[str]:
     from specdec.tune.tuning import MODEL_CHAINS, MODEL_TREES
 
     shapes = (*MODEL_CHAINS, *MODEL_TREES) if can_tree else MODEL_CHAINS
-    named = [spec for spec in dict.fromkeys(drafters) if spec != "none"]
-    return [shaped for spec in named for shaped in (shapes if spec == "model" else (spec,))]
+    drafting = [spec for spec in dict.fromkeys(drafters) if spec != "none"]
+    return [shaped for spec in drafting for shaped in (shapes if spec == "model" else (spec,))]
 
 
 def _batch_sizes(text: str) -> list[int]:

@@ -68,17 +68,17 @@ def parse_drafter(text: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     place = 0
     while place < len(rest):
-        found = _OPTION.match(rest, place)
-        if found is None:
+        match = _OPTION.match(rest, place)
+        if match is None:
             raise ValueError(
                 "drafter options are written name:option=value,option=value, values with a comma in quotes "
                 f'(path="a,b"); got {rest[place:]!r} in {text!r}'
             )
-        key, value = found.groups()
+        key, value = match.groups()
         if key in options:
             raise ValueError(f"drafter option {key} appears twice in {text!r}")
         options[key] = _read(value)
-        place = found.end()
+        place = match.end()
     return name, options
 
 
@@ -121,9 +121,9 @@ def build_drafter(name: str, context: DraftContext) -> Drafter:
     except TypeError as error:
         if not context.options:
             raise
-        known = (inspect.getdoc(build) or "see its documentation").splitlines()[0]
+        description = (inspect.getdoc(build) or "see its documentation").splitlines()[0]
         raise ValueError(
-            f"drafter {name!r} does not take these options: {context.options} ({error}). {known}"
+            f"drafter {name!r} does not take these options: {context.options} ({error}). {description}"
         ) from error
 
 

@@ -113,7 +113,9 @@ class MedusaDrafter(Drafter):
         if self.children is ChildSampling.COUPLED and not params.is_greedy:
             here = rng.at(row.key, len(row.tokens))
             rows = torch.split(logits, 1)
-            probs = torch.cat([ranking(each, params, here, d, self._vocab) for d, each in enumerate(rows)])
+            probs = torch.cat(
+                [ranking(head_logits, params, here, d, self._vocab) for d, head_logits in enumerate(rows)]
+            )
         else:
             probs = ranking(logits, params, None, 0, self._vocab)
         width = 1 if limit.chain_only else min(self.top_k, probs.shape[-1])

@@ -58,9 +58,9 @@ class ModelDrafter(Drafter):
         return self.children.is_drawn
 
     def begin(self, rows: Sequence[Row]) -> None:
-        known = [row for row in rows if self._can_read(row, row.tokens)]
-        self.engine.open(known, may_outgrow=True)
-        self._builders.update((row, None) for row in known)
+        readable = [row for row in rows if self._can_read(row, row.tokens)]
+        self.engine.open(readable, may_outgrow=True)
+        self._builders.update((row, None) for row in readable)
 
     def propose(
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng

@@ -18,8 +18,8 @@ class ClassRates:
     @classmethod
     def prior(cls, max_order: int) -> ClassRates:
         """Worth ten observations: a short context says less than the text that it was seen in."""
-        known = [1 - 0.6 ** (order + 1) for order in range(max_order + 1)]
-        return cls._worth(10.0, [[*(share * rate for rate in TYPICAL), *TEXT_RATES] for share in known])
+        shares = [1 - 0.6 ** (order + 1) for order in range(max_order + 1)]
+        return cls._worth(10.0, [[*(share * rate for rate in TYPICAL), *TEXT_RATES] for share in shares])
 
     @classmethod
     def averages(cls, max_order: int) -> ClassRates:
@@ -30,12 +30,12 @@ class ClassRates:
     def _worth(cls, trials: float, rates: list[list[float]]) -> ClassRates:
         return cls([[trials * rate for rate in row] for row in rates], [[trials] * NUM_CLASSES for _ in rates])
 
-    def learn(self, found: Found, token: int) -> None:
-        """``token`` came where ``found`` were the known successors."""
-        order, tokens, classes = found
+    def learn(self, successors: Found, token: int) -> None:
+        """``token`` came where ``successors`` were the known successors."""
+        order, tokens, classes = successors
         hits, trials = self.hits[order], self.trials[order]
-        for known, kind in zip(tokens, classes, strict=True):
-            count_trial(hits, trials, kind, known == token)
+        for successor, kind in zip(tokens, classes, strict=True):
+            count_trial(hits, trials, kind, successor == token)
 
     def values(self) -> list[list[float]]:
         """(max_order + 1, classes) acceptance rates."""

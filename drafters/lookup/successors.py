@@ -124,12 +124,12 @@ class SuccessorTable:
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """``successors`` and ``classes`` (c, k) of different contexts, then what was known of these that is not among them."""
         slots = self._slots(keys)
-        known = np.where(
+        older = np.where(
             (self.keys[order - 1, slots] == keys)[:, None], self.successors[order - 1, slots], np.int32(-1)
         )
         for column in successors.T:
-            known[known == column[:, None]] = -1
-        tokens = np.concatenate([successors, known], 1)
+            older[older == column[:, None]] = -1
+        tokens = np.concatenate([successors, older], 1)
         kinds = np.concatenate([classes, self.classes[order - 1, slots]], 1)
         places = np.argsort(tokens < 0, axis=1, kind="stable")[:, : self.num_successors]  # those that are there first
         tokens, kinds = np.take_along_axis(tokens, places, 1), np.take_along_axis(kinds, places, 1)

@@ -17,10 +17,10 @@ def check_smallest(recipe: Any) -> None:
     Raises:
         ValueError: one is below.
     """
-    for each in fields(recipe):
-        smallest, value = each.metadata.get("at_least"), getattr(recipe, each.name)
+    for item in fields(recipe):
+        smallest, value = item.metadata.get("at_least"), getattr(recipe, item.name)
         if smallest is not None and value < smallest:
-            raise ValueError(f"{each.name} must be at least {smallest}, got {value}")
+            raise ValueError(f"{item.name} must be at least {smallest}, got {value}")
 
 
 @dataclass(frozen=True, slots=True)

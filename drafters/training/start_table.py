@@ -90,9 +90,9 @@ def judge(table: StartTable, store: FeatureStore, shards: Sequence[int]) -> dict
     for places in _read(store, shards):
         for i in np.flatnonzero(places.depths >= MAX_ORDER - 1).tolist():
             keys = keys_of(tuple(places.tokens[i - MAX_ORDER + 1 : i + 1].tolist()))
-            _, known, _ = table.find(keys)
+            _, successors, _ = table.find(keys)
             best = int(places.ids[i, 0])
-            rank = known.index(best) if best in known else len(known) + max(RANKS)
+            rank = successors.index(best) if best in successors else len(successors) + max(RANKS)
             total += 1
             for limit in RANKS:
                 hits[limit] += rank < limit
@@ -110,8 +110,8 @@ def _counts(store: FeatureStore, shards: Sequence[int], order: int, vocab_size: 
     """The contexts of ``order`` tokens as sorted codes, and how often each occurs."""
     codes, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for places in _read(store, shards):
-        found, is_whole = places.codes(order, vocab_size)
-        new, number = np.unique(found[is_whole], return_counts=True)
+        shard_codes, is_whole = places.codes(order, vocab_size)
+        new, number = np.unique(shard_codes[is_whole], return_counts=True)
         joined, where = np.unique(np.concatenate([codes, new]), return_inverse=True)
         codes, counts = joined, np.bincount(where, np.concatenate([counts, number])).astype(np.int64)
     return codes, counts
@@ -119,8 +119,8 @@ def _counts(store: FeatureStore, shards: Sequence[int], order: int, vocab_size: 
 
 def _most_frequent(counted: Sequence[tuple[Ints, Ints]], total: int) -> list[tuple[Ints, Ints]]:
     """The ``total`` most frequent of all lengths; of equally frequent ones the shorter, on which the longer rest."""
-    counts = np.concatenate([each[1] for each in counted])
-    lengths = np.repeat(np.arange(len(counted)), [len(each[1]) for each in counted])
+    counts = np.concatenate([of_length[1] for of_length in counted])
+    lengths = np.repeat(np.arange(len(counted)), [len(of_length[1]) for of_length in counted])
     kept = np.zeros(len(counts), np.bool_)
     kept[np.lexsort((lengths, -counts))[:total]] = True
     return [(codes[kept[lengths == i]], numbers[kept[lengths == i]]) for i, (codes, numbers) in enumerate(counted)]
@@ -154,11 +154,11 @@ def _summed(
     """Sorted pairs (row of ``codes`` times vocabulary plus token) and the sum of the token's probabilities there."""
     pairs, sums = [np.zeros(0, np.int64)], [np.zeros(0)]
     for places in _read(store, shards):
-        found, is_whole = places.codes(order, vocab_size)
-        rows = np.searchsorted(codes, found).clip(max=max(len(codes) - 1, 0))
-        known = is_whole & (codes[rows] == found) if len(codes) else np.zeros_like(is_whole)
-        pairs.append((rows[known, None] * vocab_size + places.ids[known]).ravel())
-        sums.append(places.probs[known].ravel())
+        shard_codes, is_whole = places.codes(order, vocab_size)
+        rows = np.searchsorted(codes, shard_codes).clip(max=max(len(codes) - 1, 0))
+        is_kept = is_whole & (codes[rows] == shard_codes) if len(codes) else np.zeros_like(is_whole)
+        pairs.append((rows[is_kept, None] * vocab_size + places.ids[is_kept]).ravel())
+        sums.append(places.probs[is_kept].ravel())
         if sum(map(len, pairs[1:])) > _MERGE_EVERY:
             merged, total = _merged(pairs, sums)
             pairs, sums = [merged], [total]

@@ -57,10 +57,10 @@ def _norms_before(model: Any, layer: nn.Module) -> list[nn.Module | None]:
     Architectures agree neither on the names of their norms nor on their places.
     """
     decoder, parts = model.get_decoder(), dict(layer.named_modules())
-    made: list[tuple[nn.Module, Any]] = []  # all are kept: memory that is used again would deceive
+    outputs: list[tuple[nn.Module, Any]] = []  # all are kept: memory that is used again would deceive
     read: dict[str, Tensor] = {}
     hooks = [
-        module.register_forward_hook(lambda module, _, out: made.append((module, out)))
+        module.register_forward_hook(lambda module, _, out: outputs.append((module, out)))
         for module in decoder.modules()
         if not any(True for _ in module.children())
     ]
@@ -74,16 +74,16 @@ def _norms_before(model: Any, layer: nn.Module) -> list[nn.Module | None]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [_maker(read.get(name), made) for name in ("self_attn.q_proj", "mlp.gate_proj", "output")]
+    return [_maker(read.get(name), outputs) for name in ("self_attn.q_proj", "mlp.gate_proj", "output")]
 
 
 def _see(read: dict[str, Tensor], name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
     read[name] = args[0]
 
 
-def _maker(x: Tensor | None, made: Sequence[tuple[nn.Module, Any]]) -> nn.Module | None:
+def _maker(x: Tensor | None, outputs: Sequence[tuple[nn.Module, Any]]) -> nn.Module | None:
     """The first module that put out ``x``, perhaps in another shape."""
-    for module, out in made:
+    for module, out in outputs:
         if x is not None and isinstance(out, Tensor) and (out.data_ptr(), out.numel()) == (x.data_ptr(), x.numel()):
             return module
     return None
