@@ -28,7 +28,7 @@ class BenchConfig(options.Speculation, options.Engine):
         typer.Option(
             "--drafter",
             metavar=options.DRAFTER_FORM,
-            help=f"A drafter to measure; give it again for more. Default: {DEFAULTS.drafter!s}, or model with a draft model. "
+            help=f"A drafter to measure; give it again for more. Default: {DEFAULTS.drafter!s}: hybrid, or model with a draft model. "
             + options.QUOTING,
         ),
     ] = None

@@ -95,9 +95,9 @@ def export(
     share_output(cell, model)
     save_eagle(cell.to(getattr(torch, cell.config.torch_dtype, torch.float32)), output)
     commands = {
-        each: command
-        for each, command in serve_commands(_name_for_engines(target), output).items()
-        if not unread_keys(cell.config.unusual(), each)
+        engine_name: command
+        for engine_name, command in serve_commands(_name_for_engines(target), output).items()
+        if not unread_keys(cell.config.unusual(), engine_name)
     }
     write_text(output / "README.md", _readme(target, commands))
     if measure > 0:

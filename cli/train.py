@@ -29,7 +29,7 @@ _JUDGED_NODES = 16
 _PATIENCE = timedelta(days=7)  # of the processes that wait while the first one makes the data
 
 app = typer.Typer(
-    help="Train a drafter for a target.\n\nIn stages, each of which goes on where it was stopped: the target writes and "
+    help="Train a drafter for a target.\n\nThree stages, each of which resumes where it was stopped: the target writes and "
     "answers questions (or answers yours), its hidden states are computed once, and the drafter is trained on them. Ends "
     "with the mean acceptance length on held-out questions.",
     epilog="Example: specdec train eagle --conversations 2000 --minutes 30 --output my-eagle",
