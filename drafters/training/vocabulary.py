@@ -32,11 +32,11 @@ def choose_vocabulary(
     held_out: Sequence[int],
     vocab_size: int,
     size: int,
-    known: Tensor | None = None,
+    fixed_ids: Tensor | None = None,
 ) -> DraftVocabulary:
     """The ``size`` ids with the most probability mass under the target's choices on ``train`` shards.
 
-    Among ids that were never seen the lower ones are taken: tokenizers number common tokens first. ``known`` ids
+    Among ids that were never seen the lower ones are taken: tokenizers number common tokens first. ``fixed_ids`` ids
     (Vd,), if they are ``size`` many, are taken as they are.
 
     Raises:
@@ -44,7 +44,7 @@ def choose_vocabulary(
     """
     if not 1 <= size <= vocab_size:
         raise ValueError(f"a draft vocabulary must have 1 to {vocab_size} (the target's) ids, got {size}")
-    ids = _most_used(store, train, vocab_size, size) if known is None or len(known) != size else known
+    ids = _most_used(store, train, vocab_size, size) if fixed_ids is None or len(fixed_ids) != size else fixed_ids
     kept = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
     best = torch.cat([text.top_ids[:, 0] for shard in held_out for text in store.read(shard)])
     return DraftVocabulary(ids, float(kept[best].double().mean()))
