@@ -140,7 +140,8 @@ def _build(
     size = context.target.vocab_size
     parts = []
     for model in context.draft_models:
-        engine = CausalLM(model, replays=_replays(context.target, model))
+        tables = context.target.tables if isinstance(context.target, CausalLM) else None
+        engine = CausalLM(model, replays=_replays(context.target, model), tables=tables, is_owner=False)
         check_vocabulary(engine, context.target)
         if takes_trees and form.branches_inside and engine.chain_only:
             raise ValueError(

@@ -15,10 +15,11 @@ from specdec.budget.adaptive import Budget, make_budget
 from specdec.budget.costs import PassCosts
 from specdec.cpu.accelerate import accelerated, accelerated_copy
 from specdec.cuda.batch_verdicts import BatchVerdicts
-from specdec.cuda.graphs import graph_pool, kernel_copy
+from specdec.cuda.graphs import graph_pool
 from specdec.decode import Decide, Decoder
 from specdec.distributions import LogitsTransform
 from specdec.drafters import make_drafter, tuned_file
+from specdec.engine.attention import attention_copy
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.model_state import ModelState
 from specdec.interfaces import DraftContext, Drafter, Row, Target, Verifier
@@ -67,7 +68,7 @@ class Runtime:
     ) -> None:
         def prepared(plain: Any) -> Any:
             if cuda_graphs:
-                return kernel_copy(plain)
+                return attention_copy(plain)
             if not accelerate:
                 return plain
             return accelerated(plain, in_place=True) if in_place else accelerated_copy(plain)
