@@ -22,7 +22,7 @@ from specdec.drafters.heads import eagle_cell, eagle_engine
 from specdec.drafters.heads.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.heads.eagle_engine import EagleEngine, feature_layers
 from specdec.drafters.heads.eagle_format import save_eagle
-from specdec.drafters.trees.growth import ChildSampling, Shape
+from specdec.drafters.trees.expansion import ChildSampling, Shape
 from specdec.engine import padded_pass
 from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import DraftContext, Limit, Row, Scores
