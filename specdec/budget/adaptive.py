@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from specdec.budget.calibration import Calibration, DepthRates, NodeRates
-from specdec.budget.costs import DraftCosts, PassCosts, PassTimer, mean_context
+from specdec.budget.costs import PassCosts, mean_context
+from specdec.budget.timing import DraftCosts, PassTimer
 from specdec.interfaces import Limit, Row, Verdict
 from specdec.tree import TokenTree, best_part
 
