@@ -184,6 +184,9 @@ class AdaptiveBudget:
         best = 1 + max(range(most), key=rates.__getitem__)
         if self._num_drafts % 16 == 15:
             best = min(best + 1 + best // 4, self.max_nodes)
+        if not self._can_cut and self._explores():
+            dear = [curve[n] / curve[0] + self._draft_costs.cost(levels[n]) for n in range(most + 1)]
+            best = max(n for n in range(best, min(most, 2 * best + 1) + 1) if n == best or dear[n] <= dear[best] + self.credit / 2)
         level = max(1, math.ceil(best / self._nodes_per_level - 1e-9))
         return level, self.max_nodes if self._can_cut else best
 
@@ -289,7 +292,7 @@ class AdaptiveBudget:
         self._tokens += weight * (sum(len(verdict.tokens) for verdict in verdicts) / len(trees) - self._tokens)
         for tree, verdict in zip(trees, verdicts, strict=True):
             if len(tree) > 1:
-                depth = self._num_own_levels(tree)
+                depth = max(tree.depths())
                 self._depths.learn(depth, verdict.num_accepted)
                 if not self._can_cut:
                     self._nodes.learn(len(tree) - 1, verdict.nodes[1:])
