@@ -123,6 +123,7 @@ class AdaptiveBudget:
     _nodes_per_level: float = 1.0
     _share: float = 1.0  # of rows that get a draft
     _tokens: float = 2.0  # of a row in a step with a draft
+    _latest_tokens: float = 2.0  # in the latest few
     _num_drafts: int = 0
     _explored_at: int = 0  # the draft that was verified as it was
     _levels: int | None = None  # that were asked for in the latest step; 0: a step of rest
@@ -152,7 +153,8 @@ class AdaptiveBudget:
         if self._timer.wants_plain or not self._timer.knows_plain:
             return True
         late = 8 + 100 * (1 - 1 / self._tokens)
-        return self._since_plain + 1 >= max(min(1 << self._timer.num_plain(rows), late), 4 * (self._tokens - 1))
+        tokens = min(self._tokens, self._latest_tokens)
+        return self._since_plain + 1 >= max(min(1 << self._timer.num_plain(rows), late), 4 * (tokens - 1))
 
     def _max_columns(self, rows: Sequence[Row]) -> int:
         """Columns grow by steps: a pass may cost as much as its columns."""
@@ -181,12 +183,13 @@ class AdaptiveBudget:
             (1 + self._share * expected[n]) / (curve[n] / curve[0] + self._draft_costs.cost(levels[n]))
             for n in range(1, most + 1)
         ]
-        best = 1 + max(range(most), key=rates.__getitem__)
+        outlays = [curve[n] / curve[0] + self._draft_costs.cost(levels[n]) - 1 for n in range(most + 1)]
+        afforded = [n for n in range(1, most + 1) if n == 1 or outlays[n] <= self.credit + _MAX_DEBT]
+        best = max(afforded, key=lambda n: rates[n - 1])
         if self._num_drafts % 16 == 15:
             best = min(best + 1 + best // 4, self.max_nodes)
         if not self._can_cut and self._explores():
-            dear = [curve[n] / curve[0] + self._draft_costs.cost(levels[n]) for n in range(most + 1)]
-            best = max(n for n in range(best, min(most, 2 * best + 1) + 1) if n == best or dear[n] <= dear[best] + self.credit / 2)
+            best = max(n for n in afforded if best <= n <= 2 * best + 1 and outlays[n] <= outlays[best] + self.credit / 2)
         level = max(1, math.ceil(best / self._nodes_per_level - 1e-9))
         return level, self.max_nodes if self._can_cut else best
 
@@ -289,7 +292,9 @@ class AdaptiveBudget:
         weight = max(0.05, 1 / (self._num_drafts + 1))
         num_drafted = sum(len(tree) > 1 for tree in trees)
         self._share += weight * (num_drafted / len(trees) - self._share)
-        self._tokens += weight * (sum(len(verdict.tokens) for verdict in verdicts) / len(trees) - self._tokens)
+        tokens = sum(len(verdict.tokens) for verdict in verdicts) / len(trees)
+        self._tokens += weight * (tokens - self._tokens)
+        self._latest_tokens += (tokens - self._latest_tokens) / 2
         for tree, verdict in zip(trees, verdicts, strict=True):
             if len(tree) > 1:
                 depth = max(tree.depths())

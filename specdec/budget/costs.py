@@ -39,6 +39,16 @@ class PassTime:
 
 
 @dataclass(frozen=True, slots=True)
+class _Timed:
+    """A time as it counts in some cell: in seconds of that cell, by a share of its weight."""
+
+    columns: int
+    seconds: float
+    serial: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Size:
     """What is known of one size in one cell: mean columns, its times, and their median by weight."""
 
@@ -80,7 +90,7 @@ class PassCosts:
     _largest: dict[Cell, int] = field(default_factory=dict)
     # What follows from the times. Each is replaced, never emptied: who still computes from older times fills the old one.
     _nearest: dict[Cell, list[Cell]] = field(default_factory=dict)
-    _sizes: dict[int, dict[Cell, _Size | None]] = field(default_factory=dict)
+    _sizes: dict[int, dict[Cell, _Size]] = field(default_factory=dict)
     _curves: dict[Cell, _Curve] = field(default_factory=dict)
 
     @classmethod
@@ -171,27 +181,35 @@ class PassCosts:
 
     def _size(self, here: Cell, size: int) -> _Size | None:
         sizes = self._sizes.setdefault(size, {})
-        if here not in sizes:
-            sizes[here] = self._summed_up(here, size)
-        return sizes[here]
-
-    def _summed_up(self, here: Cell, size: int) -> _Size | None:
-        """Times of one size: those of the nearest cell, and of the next ones, which count less, if these are few."""
-        nearest = self._nearest
-        if here not in nearest:
-            nearest[here] = sorted(self._cells, key=lambda cell: _distance(cell, here))
-        found: list[tuple[PassTime, float]] = []
-        for cell in nearest[here]:
+        if here in sizes:
+            return sizes[here]
+        found = self._times(here, size, 1.0)
+        if len(found) >= ENOUGH:
+            sizes[here] = _summed_up(found)
+            return sizes[here]
+        for cell in self._near(here)[1:]:
             if len(found) >= ENOUGH:
                 break
-            share = 0.5 ** _distance(cell, here)
-            found += [(time, share) for time in tuple(self._cells[cell].get(size, ()))]
-        if not found:
-            return None
-        newest = max(time.serial for time, _ in found)
-        times = [(time.usual_s, share * 0.5 ** ((newest - time.serial) / _HALF_LIFE)) for time, share in found]
-        columns = sum(time.columns for time, _ in found) / len(found)
-        return _Size(columns, [seconds for seconds, _ in times], weighted_median(times))
+            found += self._times(cell, size, 0.5 ** _distance(cell, here), self._scale(cell, here))
+        return _summed_up(found) if found else None
+
+    def _near(self, here: Cell) -> list[Cell]:
+        """All cells, this one and the nearest first."""
+        nearest = self._nearest
+        if here not in nearest:
+            others = sorted(self._cells, key=lambda cell: _distance(cell, here))
+            nearest[here] = [here, *(cell for cell in others if cell != here)]
+        return nearest[here]
+
+    def _times(self, cell: Cell, size: int, share: float, scale: float = 1.0) -> list[_Timed]:
+        times = tuple(self._cells.get(cell, {}).get(size, ()))
+        return [_Timed(time.columns, scale * time.usual_s, time.serial, share) for time in times]
+
+    def _scale(self, cell: Cell, here: Cell) -> float:
+        """How many times longer passes take ``here`` than in another cell, by the sizes that were timed in both."""
+        one, other = self._cells.get(here, {}), self._cells[cell]
+        ratios = [_low(one[size]) / _low(other[size]) for size in tuple(one) if size in other]
+        return median_low(ratios) if ratios else 1.0
 
     def _seconds(self, points: Sequence[tuple[float, float]], max_columns: int) -> list[float]:
         """Between points straight lines; beyond them at least ``slope``."""
@@ -206,6 +224,17 @@ class PassCosts:
             n0, t0 = n1, t1
         step = max(self.slope * points[0][1], _per_column(points))
         return seconds + [t0 + step * (n - n0) for n in range(len(seconds) + 1, max_columns + 1)]
+
+
+def _low(times: Iterable[PassTime]) -> float:
+    return median_low([time.usual_s for time in tuple(times)])
+
+
+def _summed_up(found: Sequence[_Timed]) -> _Size:
+    newest = max(time.serial for time in found)
+    weighted = [(time.seconds, time.share * 0.5 ** ((newest - time.serial) / _HALF_LIFE)) for time in found]
+    columns = sum(time.columns for time in found) / len(found)
+    return _Size(columns, [time.seconds for time in found], weighted_median(weighted))
 
 
 def _per_column(points: Sequence[tuple[float, float]]) -> float:
