@@ -184,7 +184,7 @@ class AdaptiveBudget:
             for n in range(1, most + 1)
         ]
         outlays = [curve[n] / curve[0] + self._draft_costs.cost(levels[n]) - 1 for n in range(most + 1)]
-        afforded = [n for n in range(1, most + 1) if n == 1 or outlays[n] <= self.credit + _MAX_DEBT]
+        afforded = [n for n in range(1, most + 1) if n == 1 or outlays[n] <= max(self.credit, 1.0)]
         best = max(afforded, key=lambda n: rates[n - 1])
         if self._num_drafts % 16 == 15:
             best = min(best + 1 + best // 4, self.max_nodes)
@@ -224,7 +224,7 @@ class AdaptiveBudget:
     def _explores(self) -> bool:
         """Whether a tree is verified as it is: estimates too low to be tried would never be found too low."""
         n = self._num_drafts
-        return n > 0 and (n % 64 == 0 or n & (n - 1) == 0)
+        return n > 0 and (n % (16 if self.credit >= _MAX_CREDIT else 64) == 0 or n & (n - 1) == 0)
 
     def _may_be_misled(self, values: Sequence[Sequence[float]]) -> bool:
         """Whether drafts that promise much are only kept from being verified by costs that may have been a bad spell."""
