@@ -112,7 +112,7 @@ class AdaptiveBudget:
     costs: PassCosts = field(default_factory=PassCosts)
     calibration: Calibration = field(default_factory=Calibration)
     margin: float = 1.02
-    overhead: float = 0.015
+    overhead: float = 0.012
     credit: float = 1.0
     lead: Lead = field(default_factory=Lead)
     _timer: PassTimer = field(init=False)
@@ -189,7 +189,9 @@ class AdaptiveBudget:
         if self._num_drafts % 16 == 15:
             best = min(best + 1 + best // 4, self.max_nodes)
         if not self._can_cut and self._explores():
-            best = max(n for n in afforded if best <= n <= 2 * best + 1 and outlays[n] <= outlays[best] + self.credit / 2)
+            best = max(
+                n for n in afforded if best <= n <= 2 * best + 1 and outlays[n] <= outlays[best] + self.credit / 2
+            )
         level = max(1, math.ceil(best / self._nodes_per_level - 1e-9))
         return level, self.max_nodes if self._can_cut else best
 
@@ -224,7 +226,7 @@ class AdaptiveBudget:
     def _explores(self) -> bool:
         """Whether a tree is verified as it is: estimates too low to be tried would never be found too low."""
         n = self._num_drafts
-        return n > 0 and (n % (16 if self.credit >= _MAX_CREDIT else 64) == 0 or n & (n - 1) == 0)
+        return n > 0 and (n % (32 if self.credit >= _MAX_CREDIT else 64) == 0 or n & (n - 1) == 0)
 
     def _may_be_misled(self, values: Sequence[Sequence[float]]) -> bool:
         """Whether drafts that promise much are only kept from being verified by costs that may have been a bad spell."""

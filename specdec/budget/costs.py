@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from statistics import median_low
 
 from specdec.budget.medians import rising, weighted_median
@@ -20,8 +21,8 @@ Cell = tuple[int, int | None]  # octaves of rows and of context; None: whatever 
 ENOUGH = 3  # times of a size that outvote one hiccup among them
 _NUM_RECENT = 15
 _HALF_LIFE = 128  # passes of the table until a time counts half: conditions change within a text
+_REFRESH = 8  # passes of a cell until what it borrows from others is scaled anew
 _NEAR = 2  # octaves: so far away a curve still has about the same shape
-_DOUBTFUL = 1.5  # times of what is expected
 
 
 @dataclass(slots=True)
@@ -63,10 +64,9 @@ class _Size:
 
 @dataclass(slots=True)
 class _Curve:
-    """A cell's points (columns, seconds), rising, what they give for 1, 2, ... columns, and the smallest size in doubt."""
+    """A cell's points (columns, seconds), rising, and what they give for 1, 2, ... columns."""
 
     points: Sequence[tuple[float, float]]
-    doubtful: float
     seconds: list[float] = field(default_factory=list)
 
 
@@ -75,7 +75,8 @@ class PassCosts:
     """Seconds of a pass by (rows, context, columns): medians of recent ones, never falling with columns.
 
     Rows and contexts fall into cells, an octave each. Where a cell has few times of a size, those of the nearest cells
-    are added: batches that grow and shrink, and texts that get longer, do not begin from nothing. A size that was timed
+    are added, scaled by the sizes that were timed in both: batches that grow and shrink, and texts that get longer, do
+    not begin from nothing. A size that was timed
     once or twice is taken to cost no more than the smaller sizes let expect, unless both times say so.
 
     Threads that run one model share its costs: one may add a size while another one looks.
@@ -88,9 +89,10 @@ class PassCosts:
     _cells: dict[Cell, dict[int, deque[PassTime]]] = field(default_factory=dict)
     _num_added: int = 0
     _largest: dict[Cell, int] = field(default_factory=dict)
+    _counts: dict[Cell, int] = field(default_factory=dict)  # of all times that were added
     # What follows from the times. Each is replaced, never emptied: who still computes from older times fills the old one.
     _nearest: dict[Cell, list[Cell]] = field(default_factory=dict)
-    _sizes: dict[int, dict[Cell, _Size]] = field(default_factory=dict)
+    _sizes: dict[int, dict[Cell, _Size | None]] = field(default_factory=dict)
     _curves: dict[Cell, _Curve] = field(default_factory=dict)
 
     @classmethod
@@ -111,10 +113,13 @@ class PassCosts:
         if cell not in self._cells:
             self._cells[cell] = {}
             self._nearest = {}
-            self._sizes = {}
         self._cells[cell].setdefault(size, deque(maxlen=_NUM_RECENT)).append(time)
         self._largest[cell] = max(num_columns, self._largest.get(cell, 0))
-        self._sizes[size] = {}
+        self._counts[cell] = count = self._counts.get(cell, 0) + 1
+        if count < _REFRESH or count % _REFRESH == 0:
+            self._sizes = {}
+        else:
+            self._sizes[size] = {}
         self._curves = {}
         return time
 
@@ -125,14 +130,19 @@ class PassCosts:
         self._sizes = {}
         self._curves = {}
 
-    def count(self, num_rows: int, num_columns: int, context: float | None = None, radius: float = _NEAR) -> int:
-        """How many recent passes of about this size are known, at most ``radius`` octaves of rows and context away."""
+    def count(self, num_rows: int, num_columns: int, context: float | None = None) -> int:
+        """How many recent passes of about this size are known under about these conditions."""
         here, size = cell_of(num_rows, context), _size_class(num_columns)
-        near = [len(s.get(size, ())) for cell, s in tuple(self._cells.items()) if _distance(cell, here) <= radius]
-        return sum(near)
+        near = takewhile(lambda cell: _distance(cell, here) <= _NEAR, self._near(here))
+        return sum(len(self._cells[cell].get(size, ())) for cell in near if cell in self._cells)
 
-    def knows(self, num_rows: int, num_columns: int, context: float | None = None, radius: float = _NEAR) -> bool:
-        return self.count(num_rows, num_columns, context, radius) > 0
+    def knows(self, num_rows: int, num_columns: int, context: float | None = None) -> bool:
+        return self.count(num_rows, num_columns, context) > 0
+
+    @property
+    def knows_plain(self) -> bool:
+        """Whether any pass of one column was timed, whatever the rows and the context."""
+        return any(1 in sizes for sizes in tuple(self._cells.values()))
 
     def largest(self, num_rows: int, context: float | None = None) -> int:
         """The most columns that were timed under about these conditions; 0: none were."""
@@ -146,10 +156,6 @@ class PassCosts:
             curve.seconds = self._seconds(curve.points, max_columns)
         return curve.seconds[:max_columns]
 
-    def doubtful(self, num_rows: int, context: float | None = None) -> float:
-        """The fewest columns that took much longer than is believed so far; infinite: there are none."""
-        return self._curve(cell_of(num_rows, context)).doubtful
-
     def _curve(self, here: Cell) -> _Curve:
         curves = self._curves
         curve = curves.get(here)
@@ -162,7 +168,6 @@ class PassCosts:
         known = [size for size in (self._size(here, each) for each in classes) if size]
         lows = [size.low for size in known]
         points: list[tuple[float, float, int]] = []
-        doubtful = math.inf
         for i, size in enumerate(known):
             if len(size.times) >= ENOUGH:
                 seconds = size.median
@@ -174,24 +179,21 @@ class PassCosts:
                         points[-1][1] + (slope or self.slope * points[0][1]) * (size.columns - points[-1][0])
                     )
                 seconds = median_low([*size.times, *([min(expected)] if expected else [])])
-                if lows[i] > _DOUBTFUL * seconds:
-                    doubtful = min(doubtful, size.columns)
             points.append((size.columns, seconds, len(size.times)))
-        return _Curve(rising(points), doubtful)
+        return _Curve(rising(points))
 
     def _size(self, here: Cell, size: int) -> _Size | None:
         sizes = self._sizes.setdefault(size, {})
         if here in sizes:
             return sizes[here]
         found = self._times(here, size, 1.0)
-        if len(found) >= ENOUGH:
-            sizes[here] = _summed_up(found)
-            return sizes[here]
         for cell in self._near(here)[1:]:
             if len(found) >= ENOUGH:
                 break
-            found += self._times(cell, size, 0.5 ** _distance(cell, here), self._scale(cell, here))
-        return _summed_up(found) if found else None
+            if size in self._cells[cell]:
+                found += self._times(cell, size, 0.5 ** _distance(cell, here), self._scale(cell, here))
+        sizes[here] = _summed_up(found) if found else None
+        return sizes[here]
 
     def _near(self, here: Cell) -> list[Cell]:
         """All cells, this one and the nearest first."""

@@ -76,7 +76,7 @@ class PassTimer:
     @property
     def knows_plain(self) -> bool:
         """Whether any pass without drafts was timed."""
-        return self.costs.knows(1, 1, radius=math.inf)
+        return self.costs.knows_plain
 
     def num_plain(self, rows: Sequence[Row]) -> int:
         """How many passes without drafts are known under about these conditions."""
