@@ -112,7 +112,7 @@ class AdaptiveBudget:
     costs: PassCosts = field(default_factory=PassCosts)
     calibration: Calibration = field(default_factory=Calibration)
     margin: float = 1.02
-    overhead: float = 0.012
+    overhead: float = 0.015
     credit: float = 1.0
     lead: Lead = field(default_factory=Lead)
     _timer: PassTimer = field(init=False)
@@ -153,8 +153,9 @@ class AdaptiveBudget:
         if self._timer.wants_plain or not self._timer.knows_plain:
             return True
         late = 8 + 100 * (1 - 1 / self._tokens)
-        tokens = min(self._tokens, self._latest_tokens)
-        return self._since_plain + 1 >= max(min(1 << self._timer.num_plain(rows), late), 4 * (tokens - 1))
+        num_plain = self._timer.num_plain(rows)
+        tokens = self._tokens if True else 0
+        return self._since_plain + 1 >= max(min(1 << num_plain, late), 4 * (tokens - 1))
 
     def _max_columns(self, rows: Sequence[Row]) -> int:
         """Columns grow by steps: a pass may cost as much as its columns."""
@@ -184,7 +185,7 @@ class AdaptiveBudget:
             for n in range(1, most + 1)
         ]
         outlays = [curve[n] / curve[0] + self._draft_costs.cost(levels[n]) - 1 for n in range(most + 1)]
-        afforded = [n for n in range(1, most + 1) if n == 1 or outlays[n] <= max(self.credit, 1.0)]
+        afforded = [n for n in range(1, most + 1) if n == 1 or outlays[n] <= self.credit + _MAX_DEBT]
         best = max(afforded, key=lambda n: rates[n - 1])
         if self._num_drafts % 16 == 15:
             best = min(best + 1 + best // 4, self.max_nodes)
@@ -226,7 +227,7 @@ class AdaptiveBudget:
     def _explores(self) -> bool:
         """Whether a tree is verified as it is: estimates too low to be tried would never be found too low."""
         n = self._num_drafts
-        return n > 0 and (n % (32 if self.credit >= _MAX_CREDIT else 64) == 0 or n & (n - 1) == 0)
+        return n > 0 and (n % 64 == 0 or n & (n - 1) == 0)
 
     def _may_be_misled(self, values: Sequence[Sequence[float]]) -> bool:
         """Whether drafts that promise much are only kept from being verified by costs that may have been a bad spell."""
@@ -299,7 +300,7 @@ class AdaptiveBudget:
         self._latest_tokens += (tokens - self._latest_tokens) / 2
         for tree, verdict in zip(trees, verdicts, strict=True):
             if len(tree) > 1:
-                depth = max(tree.depths())
+                depth = self._num_own_levels(tree)
                 self._depths.learn(depth, verdict.num_accepted)
                 if not self._can_cut:
                     self._nodes.learn(len(tree) - 1, verdict.nodes[1:])

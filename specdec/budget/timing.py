@@ -138,8 +138,8 @@ class DraftCosts:
         shares = [passes / levels for levels, passes in drafts]
         if len(drafts) < ENOUGH:
             return 0.0, min(shares)
-        slopes = [(b - a) / (m - n) for i, (m, b) in enumerate(drafts) for n, a in drafts[max(0, i - 4) : i] if m != n]
-        level = min(max(0.0, median(slopes)), median(shares)) if len(slopes) >= ENOUGH else median(shares)
+        slopes = [(b - a) / (m - n) for i, (m, b) in enumerate(drafts) for n, a in drafts[:i] if m != n]
+        level = min(max(0.0, median(slopes)), median(shares)) if slopes else median(shares)
         return max(0.0, median(passes - level * levels for levels, passes in drafts)), level
 
 
