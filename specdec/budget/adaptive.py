@@ -227,7 +227,7 @@ class AdaptiveBudget:
     def _explores(self) -> bool:
         """Whether a tree is verified as it is: estimates too low to be tried would never be found too low."""
         n = self._num_drafts
-        return n > 0 and (n % 64 == 0 or n & (n - 1) == 0)
+        return n > 0 and (n % (32 if self.credit >= _MAX_CREDIT else 64) == 0 or n & (n - 1) == 0)
 
     def _may_be_misled(self, values: Sequence[Sequence[float]]) -> bool:
         """Whether drafts that promise much are only kept from being verified by costs that may have been a bad spell."""

@@ -104,7 +104,7 @@ class DraftCosts:
         (self._drafts if levels else self._idle).append(time)
         self._num_added += 1
         # Once it is known it changes slowly, and finding it takes time itself.
-        self._is_stale = self._is_stale or len(self._drafts) < 2 * ENOUGH or self._num_added % 8 == 0
+        self._is_stale = self._is_stale or len(self._drafts) < 2 * ENOUGH or self._num_added % 16 == 0
 
     @property
     def is_known(self) -> bool:
