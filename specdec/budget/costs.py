@@ -21,7 +21,7 @@ Cell = tuple[int, int | None]  # octaves of rows and of context; None: whatever 
 ENOUGH = 3  # times of a size that outvote one hiccup among them
 _NUM_RECENT = 15
 _HALF_LIFE = 128  # passes of the table until a time counts half: conditions change within a text
-_REFRESH = 8  # passes of a cell until what it borrows from others is scaled anew
+_REFRESH = 16  # passes of a cell until what it borrows from others is scaled anew
 _NEAR = 2  # octaves: so far away a curve still has about the same shape
 
 
@@ -51,15 +51,12 @@ class _Timed:
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """What is known of one size in one cell: mean columns, its times, and their median by weight."""
+    """What is known of one size in one cell: mean columns, its times, their lower median, and their median by weight."""
 
     columns: float
     times: Sequence[float]
+    low: float
     median: float
-
-    @property
-    def low(self) -> float:
-        return median_low(self.times)
 
 
 @dataclass(slots=True)
@@ -116,7 +113,7 @@ class PassCosts:
         self._cells[cell].setdefault(size, deque(maxlen=_NUM_RECENT)).append(time)
         self._largest[cell] = max(num_columns, self._largest.get(cell, 0))
         self._counts[cell] = count = self._counts.get(cell, 0) + 1
-        if count < _REFRESH or count % _REFRESH == 0:
+        if count < _REFRESH // 2 or count % _REFRESH == 0:
             self._sizes = {}
         else:
             self._sizes[size] = {}
@@ -236,7 +233,8 @@ def _summed_up(found: Sequence[_Timed]) -> _Size:
     newest = max(time.serial for time in found)
     weighted = [(time.seconds, time.share * 0.5 ** ((newest - time.serial) / _HALF_LIFE)) for time in found]
     columns = sum(time.columns for time in found) / len(found)
-    return _Size(columns, [time.seconds for time in found], weighted_median(weighted))
+    seconds = [time.seconds for time in found]
+    return _Size(columns, seconds, median_low(seconds), weighted_median(weighted))
 
 
 def _per_column(points: Sequence[tuple[float, float]]) -> float:

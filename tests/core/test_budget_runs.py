@@ -45,6 +45,12 @@ def test_a_machine_that_is_slow_for_a_while_costs_little(first: int, count: int)
     assert share_of_best(scenario, scenario.adaptive()) >= 0.78
 
 
+def test_what_a_drafter_observes_is_booked_as_drafting() -> None:
+    """Only ``propose`` was: a drafter that is right now and then, but takes a pass to look at the verdict, kept going."""
+    slow = Scenario(Drafts(rate=0.3, observe_s=1.0))
+    assert slow.plain() / slow.adaptive().work >= 0.97
+
+
 @pytest.mark.parametrize("seconds", [3.0, 20.0, 100.0])
 def test_a_size_whose_first_pass_is_slow_is_tried_again(seconds: float) -> None:
     """Captured graphs and compiled kernels: such a size was never taken again, for all later texts too."""
