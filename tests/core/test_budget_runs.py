@@ -111,14 +111,16 @@ def test_trees_that_must_not_be_cut_are_kept_small_where_columns_are_dear(kind: 
 
 
 def test_mixtures_of_all_of_it_come_near_the_best_size() -> None:
-    """Twenty workloads at random. Not all of them reach 0.93 and 0.97: what is not known must be tried, which costs."""
+    """Twenty workloads at random. Others do worse: what is not known must be tried, and a machine that is slow in the
+    first passes or gets slower all along hides what a draft costs.
+    """
     best, plain = [], []
     for seed in range(20):
         scenario = mixture(seed)
         fixed, run = scenario.fixed(), scenario.adaptive()
         best.append(min(fixed.values()) / run.work)
         plain.append(fixed[0] / run.work)
-    assert mean(best) >= 0.95
-    assert mean(share >= 0.9 for share in best) >= 0.8
-    assert mean(share >= 0.96 for share in plain) >= 0.8
-    assert min(plain) >= 0.88
+    assert mean(best) >= 1.0
+    assert min(best) >= 0.91
+    assert mean(share >= 0.93 for share in best) >= 0.95
+    assert min(plain) >= 0.97
