@@ -31,7 +31,7 @@ def settings(rng: random.Random) -> RequestSettings:
     temperature = rng.choice((0.0, 1.0))
     return RequestSettings(
         max_new_tokens=rng.randrange(1, 25), stop_token_ids=(), temperature=temperature, draft=rng.random() < 0.8,
-        seed=SEED if temperature else None, priority=rng.randrange(3), logits_processors=[fails] * (rng.random() < 0.02),
+        seed=SEED if temperature else None, priority=rng.randrange(3), logits_processors=[fails] * (rng.random() < 0.05),
     )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def check(job: Job) -> None:
 
 def test_nothing_leaks_and_nothing_changes() -> None:
     rng = random.Random(0)
-    prompts = [prompt for seed in range(4) for prompt in crowd(seed)]
+    prompts = crowd()
     turns = [prompt + alone(tuple(prompt), 0.0)[:9] + [3] for prompt in prompts]
     with engine(Case("hybrid:parts=ngram+model", 4, 60), max_rows=6) as made:
         scheduler: Scheduler = made._scheduler
@@ -53,7 +53,7 @@ def test_nothing_leaks_and_nothing_changes() -> None:
         acts: Counter[str] = Counter()
 
         def allocate(num_blocks: int, behind: int | None = None) -> list[int]:
-            if rng.random() < 0.005:
+            if rng.random() < 0.01:
                 acts["refused"] += 1
                 raise OutOfBlocksError("by chance")
             return true_allocate(num_blocks, behind)
@@ -79,7 +79,9 @@ def test_nothing_leaks_and_nothing_changes() -> None:
             step(scheduler)
         assert pool.num_held == (0 if tables.tree is None else tables.tree.num_blocks)
         assert isinstance(pool, BlockPool)
-    assert min(acts[name] for name in ("submit", "cancel", "preempt", "evict", "refused", "failed")) > NUM_ACTS // 500, acts
+    assert (
+        min(acts[name] for name in ("submit", "cancel", "preempt", "evict", "refused", "failed")) >= NUM_ACTS // 1000
+    ), acts
     assert acts["finished"] > NUM_ACTS // 20, acts
 
 
