@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from specdec.generation.batch import SpeculativeOutput
     from specdec.generation.wrapper import custom_generate, generate
     from specdec.hub.load import load_model, load_tokenizer
+    from specdec.serving.engine import Engine
+    from specdec.serving.request import RequestSettings
     from specdec.stats import Stats
     from specdec.tree import Draw, TokenTree
 
@@ -21,6 +23,8 @@ _HOMES = {
     "generate": "specdec.generation.wrapper",
     "custom_generate": "specdec.generation.wrapper",
     "SpeculativeOutput": "specdec.generation.batch",
+    "Engine": "specdec.serving.engine",
+    "RequestSettings": "specdec.serving.request",
     "Stats": "specdec.stats",
     "load_model": "specdec.hub.load",
     "load_tokenizer": "specdec.hub.load",
@@ -30,6 +34,8 @@ _HOMES = {
 
 __all__ = [
     "Draw",
+    "Engine",
+    "RequestSettings",
     "SpeculativeOutput",
     "Stats",
     "TokenTree",

@@ -49,7 +49,7 @@ class PagedRows:
         is_flat: bool = True,
     ) -> None:
         self.tables, self.must_follow = tables, must_follow
-        self._is_owner, self._is_flat, self._offset = is_owner, is_flat, int(must_follow)
+        self.is_flat, self._is_owner, self._offset = is_flat, is_owner, int(must_follow)
         self.cache = PagedCache(num_layers, tables.pool.num_blocks * tables.pool.block_size)
         self._cache_rows: dict[Row, PagedRow] = {}
         tables.add_store(self)
@@ -111,7 +111,7 @@ class PagedRows:
         """
         ends = [row_pass.start + len(row_pass.new_tokens) for row_pass in row_passes]
         slots = [self._slots(row_pass.cache_row, end) for row_pass, end in zip(row_passes, ends, strict=True)]
-        if self._is_flat:
+        if self.is_flat:
             flat = FlatPass(row_passes, slots, device)
             self.cache.begin_pass(flat.written, None, max(row_pass.start for row_pass in row_passes))
             return flat

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from specdec.budget.adaptive import make_budget
 from specdec.checks import whole_number
 from specdec.decode import Decoder
 from specdec.interfaces import Drafter, Row, Verifier
@@ -23,7 +24,7 @@ from specdec.serving.job import Job
 from specdec.serving.memory import make_tables
 from specdec.serving.per_request import EachForItself, PerRequest, RequestDrafter, RequestRng, RequestTransform
 from specdec.serving.request import Completion, Delta, FinishReason, RequestSettings
-from specdec.serving.scheduler import Scheduler
+from specdec.serving.scheduler import Scheduler, UsualPasses
 from specdec.serving.text import TextStream
 from specdec.settings import DEFAULTS, Settings
 
@@ -103,7 +104,9 @@ class Engine:
         tables = make_tables([model, *draft_models], kv_memory, block_size, prefix_sharing)
         runtime = Runtime(model, draft_models, accelerate=accelerate, tables=tables)
         settings = Settings(verifier=verifier, max_nodes=max_nodes, adaptive=adaptive, drafter=drafter)
-        self.drafter = runtime.drafter(runtime.plan(settings, max_rows).drafter, as_verifier(verifier))
+        plan = runtime.plan(settings, max_rows)
+        self.drafter = runtime.drafter(plan.drafter, as_verifier(verifier))
+        budget = UsualPasses(make_budget(plan.max_nodes, plan.adaptive, plan.costs, runtime.target.in_line))
         self._requests = PerRequest()
         rng = RequestRng(self._requests)
         self._target = runtime.target
@@ -112,11 +115,15 @@ class Engine:
             RequestTransform(self._requests),
             self._requests.stop,
             drafter=RequestDrafter(self.drafter, self._requests),
+            budget=budget,
             rng=rng,
             decide=lambda verifier, _: EachForItself(verifier, rng),
             num_rows=max_rows,
         )
-        self._scheduler = Scheduler(decoder, runtime.target, tables, self._requests, max_rows, max_nodes, token_budget)
+        self._scheduler = Scheduler(
+            decoder, runtime.target, tables, self._requests, max_rows, plan.max_nodes, token_budget
+        )
+        budget.is_usual = lambda: not self._scheduler.has_prompts
         self._default_stops = _end_tokens(model)
         self._keys = count()
         self._inbox: deque[Job] = deque()

@@ -251,3 +251,25 @@ def test_a_fixed_budget_is_always_the_same():
     budget.learn([row], [tree], [Verdict((0,), (1,))], 1.0, 1.0)
     assert budget.cut([row], [tree]) == [tree]
     assert budget.limits([row], False) == [Limit(48, 3, False)]
+
+
+def test_rows_in_one_line_share_the_nodes_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of all rows count together there: a row whose draft promises more gets more of them."""
+    costs = PassCosts()
+    for columns in (1, 2, 3, 5, 9, 17):
+        for _ in range(9):
+            costs.add(2, columns, 1 + 0.2 * (columns - 1), 100)
+    rows = [Row(key, [1] * 100, 200) for key in range(2)]
+    chain = (-1, 0, 1, 2, 3, 4, 5, 6)
+    trees = [TokenTree(tuple(range(8)), chain, estimates=tuple(rate**i for i in range(8))) for rate in (0.95, 0.3)]
+
+    monkeypatch.setattr(Calibration, "values", lambda self, tree: list(tree.estimates))
+
+    def sizes(in_line: bool) -> list[int]:
+        budget = AdaptiveBudget(16, costs, in_line=in_line)
+        return [len(tree) - 1 for tree in budget.cut(rows, trees)]
+
+    sure, unsure = sizes(in_line=True)
+    assert sure >= 6
+    assert unsure <= 2
+    assert len(set(sizes(in_line=False))) == 1

@@ -93,7 +93,7 @@ def test_pages_give_the_scores_of_plain_passes(name: str, in_line: bool) -> None
         lm = paged(attention_copy(model))
     else:
         lm = paged(model)
-    assert lm._rows._is_flat == in_line  # type: ignore[attr-defined]
+    assert lm._rows.is_flat == in_line  # type: ignore[attr-defined]
     assert drive(lm, model, 3) < max(FAMILIES[name].tolerance, 1e-5)
     assert lm.tables is not None
     assert lm.tables.tree is not None

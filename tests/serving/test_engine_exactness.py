@@ -41,7 +41,7 @@ def test_rows_side_by_side_get_the_same(drafter: str, monkeypatch: pytest.Monkey
     """Where a model does not take our attention, what rows see is gathered."""
     monkeypatch.setattr("specdec.runtime.on_our_attention", lambda model: model)
     with engine(Case(drafter)) as made:
-        assert not made._target._rows._is_flat  # type: ignore[attr-defined]
+        assert not made._target._rows.is_flat  # type: ignore[attr-defined]
         assert not differing(made, crowd())
 
 
