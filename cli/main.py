@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from specdec import __version__
-from specdec.cli import bench, doctor, export, figures, generate, models, report, train, tune
+from specdec.cli import bench, doctor, export, figures, generate, models, report, serve, train, tune
 from specdec.errors import SpecdecError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
+app.command("serve", epilog=serve.EXAMPLE)(serve.serve)
 app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
 app.command("report", epilog=report.EXAMPLE)(report.report)
 app.command("figures", epilog=figures.EXAMPLE)(figures.figures)

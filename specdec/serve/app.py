@@ -119,7 +119,7 @@ async def _on_bad_body(_: Request, error: Exception) -> Response:
         return ApiError(400, str(cause), param=cause.field).response()
     # Of what was tried for a field that may have several types, what came furthest was probably meant.
     tried = [first, *(each for each in others if _place(each).startswith(_place(first)))]
-    found = max(tried, key=lambda each: len(_place(each)))
+    found = max(tried, key=lambda each: len(each["loc"]))
     field, message = _place(found), found["msg"][:1].lower() + found["msg"][1:]
     return ApiError(400, f"{field or 'the body'}: {message}", param=field or None).response()
 

@@ -54,7 +54,7 @@ def _wanted(body: Body) -> dict[str, tuple[str, Any]]:
 
 def _build(name: str, kind: str, value: Any) -> Any:
     try:
-        from specdec.grammar import Grammar
+        from specdec import Grammar
     except ImportError:
         raise bad(name, f"{name}: this server cannot constrain answers; install specdec-toolkit[grammar]") from None
     try:

@@ -23,7 +23,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        self.message, self.param = _writable(message), None if param is None else _writable(param)
         self.headers = dict(headers or {})
 
     @property
@@ -49,8 +50,13 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(504, f"the request took longer than the server's limit of {seconds:g} s", code="timeout")
 
 
-def blame(error: ValueError, fields: Iterable[str]) -> ApiError:
+def blame(error: Exception, fields: Iterable[str]) -> ApiError:
     """400 for what the library refused; its messages begin with the name of the option."""
     message = str(error)
     first = message.split(maxsplit=1)[0].strip("'`:,") if message else ""
     return bad(first if first in set(fields) else None, message)
+
+
+def _writable(text: str) -> str:
+    """``text`` without the halves of characters that JSON can spell and no answer can repeat."""
+    return text.encode(errors="replace").decode()

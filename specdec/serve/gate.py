@@ -62,7 +62,7 @@ class Gate:
         if self._key is None:
             return
         scheme, _, given = authorization.partition(" ")
-        is_right = hmac.compare_digest(given.strip().encode(), self._key)  # takes as long whatever was given
+        is_right = hmac.compare_digest(given.strip().encode("latin-1"), self._key)  # takes as long whatever was given
         if scheme.lower() != "bearer" or not is_right:
             raise ApiError(
                 401,

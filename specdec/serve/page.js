@@ -188,7 +188,7 @@
     const drafted = step.tree.tokens.length - 1;
     byId("pass-title").textContent = `Pass ${index + 1} of ${answer.steps.length}`;
     byId("pass-facts").textContent = `${drafted} drafted, ${step.accepted} accepted, ` +
-      `${plural(step.tokens.length, "token")} in ${Math.round(1000 * step.seconds)} ms`;
+      `${plural(step.tokens.length, "token")} in ${Math.round(1000 * step.seconds)}\u00a0ms`;
     byId("pass-tree").replaceChildren(drafted ? treeOf(step.tree) : make("p", "", "Nothing was drafted."));
     const own = byId("pass-own");
     own.replaceChildren();
@@ -235,7 +235,8 @@
     const turn = make("article", "turn question");
     turn.append(make("p", "who", "you"), make("div", "text", text));
     log.append(turn);
-    history.push({ role: "user", content: text });
+    const conversation = history; // another one may begin meanwhile
+    conversation.push({ role: "user", content: text });
     running = new AbortController();
     send.textContent = "Stop";
     const answer = new Answer();
@@ -257,8 +258,8 @@
       if (error.status === 401) askForKey();
     }
     answer.end(note);
-    if (answer.content) history.push({ role: "assistant", content: answer.content });
-    else history.pop();
+    if (answer.content) conversation.push({ role: "assistant", content: answer.content });
+    else conversation.pop();
     running = null;
     send.textContent = "Send";
     toEnd();
@@ -301,7 +302,11 @@
   });
   byId("colours").addEventListener("change", (event) => document.body.classList.toggle("colours", event.target.checked));
   byId("key").addEventListener("change", connect);
-  byId("settings").addEventListener("toggle", fit);
+  byId("options").addEventListener("submit", (event) => event.preventDefault());
+  byId("settings").addEventListener("toggle", () => {
+    hidePass();
+    fit();
+  });
   byId("pass-close").addEventListener("click", hidePass);
   document.addEventListener("keydown", (event) => event.key === "Escape" && hidePass());
   document.body.classList.add("colours");

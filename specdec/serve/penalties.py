@@ -48,17 +48,17 @@ class TokenBias:
         return biased
 
 
-def processors_of(body: Body, num_prompt: int, vocab_size: int) -> tuple[Any, ...]:
+def processors_of(body: Body, repetition_penalty: float, num_prompt: int, vocab_size: int) -> tuple[Any, ...]:
     """What changes the logits of this request, in the order of generate(): penalties, then biases.
 
     Raises:
         ApiError: a bias for something that is no token.
     """
     found: list[Any] = []
-    if (penalty := body.repetition_penalty) not in (None, 1.0):
+    if repetition_penalty != 1.0:
         from transformers import RepetitionPenaltyLogitsProcessor
 
-        found.append(RepetitionPenaltyLogitsProcessor(penalty))
+        found.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
     if body.frequency_penalty or body.presence_penalty:
         found.append(TokenPenalty(num_prompt, body.frequency_penalty or 0.0, body.presence_penalty or 0.0))
     if body.logit_bias:

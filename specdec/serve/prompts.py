@@ -56,12 +56,15 @@ class Prompts:
             return list(prompt)
         if self._tokenizer is None:
             raise bad("prompt", "this model has no tokenizer: send token ids")
+        _check_characters("prompt", prompt)
         return list(self._tokenizer(prompt)["input_ids"])
 
     def _render(self, body: ChatBody) -> list[int]:
         tokenizer = self._tokenizer
         if tokenizer is None or not tokenizer.chat_template:
             raise bad("messages", "this model has no chat template: use /v1/completions", code="no_chat_template")
+        for i, message in enumerate(body.messages):
+            _check_characters(f"messages[{i}].content", message.text)
         options = body.chat_template_kwargs or {}
         taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) & options.keys()
         if taken:
@@ -100,3 +103,11 @@ def _as_dict(message: Message) -> dict[str, str]:
     role = "system" if message.role == "developer" else message.role
     name = {} if message.name is None else {"name": message.name}
     return {"role": role, "content": message.text, **name}
+
+
+def _check_characters(field: str, text: str) -> None:
+    """JSON can spell half of a character; no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise bad(field, f"{field} holds half of a character (a lone surrogate) at {error.start}") from None

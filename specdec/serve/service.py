@@ -28,6 +28,7 @@ class Defaults:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float = 1.0
     end_ids: tuple[int, ...] = ()  # tokens that end a text
 
 
@@ -146,7 +147,9 @@ class Service:
                 seed=None if body.seed is None else (body.seed + choice) % 2**64,
                 stop=tuple(body.stop_strings),
                 stop_token_ids=self._ends(body),
-                logits_processors=processors_of(body, num_prompt, self.backend.vocab_size),
+                logits_processors=processors_of(
+                    body, either(body.repetition_penalty, default.repetition_penalty), num_prompt, self.backend.vocab_size
+                ),
                 grammar=grammar,
                 draft=body.draft is not False,
                 logprobs=body.num_logprobs,
@@ -187,7 +190,7 @@ def _as_answer(error: BaseException) -> BaseException:
     """What a failed ``submit`` means to the client."""
     if isinstance(error, QueueFullError):
         return ApiError(429, f"too many requests are waiting: {error}", code="queue_full", headers={"Retry-After": "1"})
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | ImportError):  # what cannot be used, or only with a package that is not here
         return blame(error, ("prompt", "messages"))
     if isinstance(error, RuntimeError):
         return shutting_down()
