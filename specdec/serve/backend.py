@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Generator, Sequence
 from typing import Any, Protocol
 
-from specdec.serving.request import Completion, Delta, EngineMetrics, RequestSettings
+from specdec.serving.engine import EngineMetrics
+from specdec.serving.request import Completion, Delta, RequestSettings
 
 
 class Answer(Protocol):

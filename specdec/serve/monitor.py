@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from specdec.serving.request import Completion, Delta, EngineMetrics
+from specdec.serving.engine import EngineMetrics
+from specdec.serving.request import Completion, Delta
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -107,7 +108,7 @@ class Clock:
         if self._last is not None and delta.tokens:
             monitor.between.observe(now - self._last)
         self._last = now
-        if delta.step.num_drafted:
+        if delta.step is not None and delta.step.num_drafted:
             monitor.drafts.inc()
             monitor.draft_tokens.inc(delta.step.num_drafted)
             monitor.accepted_tokens.inc(delta.step.num_accepted)
@@ -169,6 +170,6 @@ class _EngineCollector(Collector):
         finished = CounterMetricFamily(
             "vllm:request_success", "Requests that ended.", labels=(*_LABELS, "finished_reason")
         )
-        for reason in _REASONS:
-            finished.add_metric((*self._labels, _REASONS[reason]), now.requests_finished.get(reason, 0))
+        for reason, name in _REASONS.items():
+            finished.add_metric((*self._labels, name), (now.requests_finished or {}).get(reason, 0))
         yield finished

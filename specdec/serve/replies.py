@@ -23,6 +23,7 @@ from specdec.serve.monitor import Monitor
 from specdec.serve.pieces import Pieces
 from specdec.serve.service import Service, Started
 from specdec.serve.usage import speculation_of, usage_of
+from specdec.serving.request import FinishReason
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Reply:
         logprobs = self._logprobs(part)
         if self._body.return_token_ids:
             extra["token_ids"] = list(delta.tokens)
-        if self._body.speculation:
+        if self._body.speculation and delta.step is not None:
             extra["speculation"] = speculation_of(
                 delta.step, delta.tokens, self._pieces[part.index], self._service.words
             )
@@ -131,7 +132,9 @@ class Reply:
         try:
             async with aclosing(self._job.parts()) as parts:
                 async for part in parts:
-                    if part.delta.finish_reason in ("cancelled", "error"):
+                    if part.delta.finish_reason is FinishReason.ERROR:
+                        continue  # what it was is raised next
+                    if part.delta.finish_reason is FinishReason.CANCELLED:
                         raise _failed(part.delta.finish_reason)
                     clocks[part.index].tick(part.delta)
                     yield part

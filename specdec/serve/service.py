@@ -17,7 +17,8 @@ from specdec.serve.limits import UNBOUNDED_NEW_TOKENS, Limits
 from specdec.serve.penalties import processors_of
 from specdec.serve.pieces import Vocabulary
 from specdec.serve.prompts import Prompts
-from specdec.serving.request import QueueFullError, RequestSettings
+from specdec.serving.engine import QueueFullError
+from specdec.serving.request import RequestSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,11 +149,14 @@ class Service:
                 stop=tuple(body.stop_strings),
                 stop_token_ids=self._ends(body),
                 logits_processors=processors_of(
-                    body, either(body.repetition_penalty, default.repetition_penalty), num_prompt, self.backend.vocab_size
+                    body,
+                    either(body.repetition_penalty, default.repetition_penalty),
+                    num_prompt,
+                    self.backend.vocab_size,
                 ),
-                grammar=grammar,
                 draft=body.draft is not False,
                 logprobs=body.num_logprobs,
+                **({} if grammar is None else {"grammar": grammar}),
             )
         except ValueError as error:
             raise blame(error, type(body).model_fields) from None

@@ -13,14 +13,8 @@ from collections.abc import AsyncIterator, Generator, Sequence
 from typing import Any
 
 from specdec.interfaces import Step
-from specdec.serving.request import (
-    Completion,
-    Delta,
-    EngineMetrics,
-    QueueFullError,
-    RequestSettings,
-    TokenLogprobs,
-)
+from specdec.serving.engine import EngineMetrics, QueueFullError
+from specdec.serving.request import Completion, Delta, FinishReason, RequestSettings, TokenLogprobs
 from specdec.stats import Stats
 
 LETTERS = "abcdefghij "
@@ -71,17 +65,16 @@ class FakeAnswer:
             pass
         seconds = time.perf_counter() - self._started
         return Completion(
-            self.name, self.prompt, tuple(self.tokens), self.text, self.deltas[-1].finish_reason or "error", self.stats,
-            self.settings.seed or 0, len(self.prompt) // 2, 0, 0.0, seconds / 2, seconds, (),
+            self.name, self.prompt, self.settings.seed or 0, self.tokens, self.text, self.deltas[-1].finish_reason,
+            self.stats, num_cached=len(self.prompt) // 2, first_token_s=seconds / 2, total_s=seconds,
         )  # fmt: skip
 
     def cancel(self) -> None:
         self.is_cancelled = True
 
-    def push(self, delta: Delta | None) -> None:
+    def push(self, delta: Delta) -> None:
         """With the engine's lock held."""
-        if delta is not None:
-            self.deltas.append(delta)
+        self.deltas.append(delta)
         for loop, event in self._wakers:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(event.set)
@@ -135,11 +128,16 @@ class FakeEngine:
         with self.lock:
             tokens = [each.stats for each in self.asked]
             return EngineMetrics(
-                len(self.running), len(self._waiting), len(self.running), self._max_rows, 0.5,
-                sum(len(each.prompt) for each in self.asked), 0, sum(each.num_tokens for each in tokens),
-                sum(each.num_draft_tokens for each in tokens), sum(each.num_accepted_tokens for each in tokens),
-                self._passes, dict(self._finished), 0,
-            )  # fmt: skip
+                running=len(self.running),
+                waiting=len(self._waiting),
+                kv_blocks_used=len(self.running),
+                kv_blocks_total=self._max_rows,
+                kv_utilisation=0.5,
+                prompt_tokens=sum(len(each.prompt) for each in self.asked),
+                generated_tokens=sum(each.num_tokens for each in tokens),
+                passes=self._passes,
+                requests_finished=dict(self._finished),
+            )
 
     def close(self, timeout: float | None = None) -> None:
         self._closed.set()
@@ -161,7 +159,7 @@ class FakeEngine:
         if self._failure is not None and row.tokens:
             row.failure, row.is_done = self._failure, True
             self.running.remove(row)
-            row.push(None)
+            row.push(Delta((), "", None, (), FinishReason.ERROR))
             return
         delta = self._delta(row)
         if delta.finish_reason is not None:
@@ -171,22 +169,23 @@ class FakeEngine:
         row.push(delta)
 
     def _delta(self, row: FakeAnswer) -> Delta:
+        if row.is_cancelled:
+            return Delta((), "", None, (), FinishReason.CANCELLED)
         settings = row.settings
         room = settings.max_new_tokens - len(row.tokens)
-        start, number = len(row.tokens), 0 if row.is_cancelled else min(self._width, room)
+        start, number = len(row.tokens), min(self._width, room)
         seed = sum(row.prompt) + (settings.seed or 0)
         fresh = [self._letters[(seed + (start + i) ** 2) % len(self._letters)] for i in range(number)]
         row.tokens += fresh
         text = self.tokenizer.decode(fresh) + " " * self._padding
-        reason = "cancelled" if row.is_cancelled else "length" if len(row.tokens) >= settings.max_new_tokens else None
+        reason = FinishReason.LENGTH if len(row.tokens) >= settings.max_new_tokens else None
         for stop in settings.stop:
             if stop in row.text + text:
-                text, reason = (row.text + text).partition(stop)[0][len(row.text) :], "stop"
+                text, reason = (row.text + text).partition(stop)[0][len(row.text) :], FinishReason.STOP
         row.text += text
         root = (row.tokens or [0])[start - 1]
         tree = (root, *fresh[:-1], self._letters[0])
-        parents = (-1, *range(len(fresh) - 1), 0) if fresh else (-1, 0)
-        nodes = tuple(range(max(len(fresh), 1)))
+        parents, nodes = (-1, *range(len(fresh) - 1), 0), tuple(range(len(fresh)))
         step = Step(
             0, len(row.deltas), len(row.prompt) + start, tuple(fresh), nodes, tree, parents, len(self.running), 0.0,
             self._pass_s, 0.0, reason is not None,
@@ -196,4 +195,4 @@ class FakeEngine:
         logprobs = () if told is None else tuple(
             TokenLogprobs(-0.5, tuple((each, -float(i + 1)) for i, each in enumerate(self._letters[:told]))) for _ in fresh
         )  # fmt: skip
-        return Delta(tuple(fresh), text, logprobs, step, reason)
+        return Delta(tuple(fresh), text, step, logprobs, reason)

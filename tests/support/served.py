@@ -39,13 +39,19 @@ class Answered:
 
 
 class Served:
-    """Serves ``engine`` under the name "tiny" while its block lasts."""
+    """Serves ``engine`` while its block lasts."""
 
     def __init__(
-        self, engine: Backend, limits: Limits | None = None, defaults: Defaults | None = None, **app: Any
+        self,
+        engine: Backend,
+        limits: Limits | None = None,
+        defaults: Defaults | None = None,
+        *,
+        name: str = "tiny",
+        **app: Any,
     ) -> None:
         self.engine = engine
-        self.service = Service(engine, "tiny", defaults or Defaults(), limits or Limits(grace_s=0))
+        self.service = Service(engine, name, defaults or Defaults(), limits or Limits(grace_s=0))
         self._socket = bind("127.0.0.1", 0)
         self.url = url_of(self._socket)
         self.port: int = self._socket.getsockname()[1]
