@@ -51,7 +51,11 @@ def serve(
         int, typer.Option(metavar="N", min=0, help="The most requests that wait for a row; more are refused (429).")
     ] = 256,
     kv_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory for keys and values, such as 2GiB. Default: as fits.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for keys and values, such as 2GB. Default: a quarter of what is free, at most 4 GB.",
+        ),
     ] = None,
     prefix_sharing: Annotated[
         bool, typer.Option("--prefix-sharing/--no-prefix-sharing", help="Process equal beginnings of prompts once.")
@@ -105,7 +109,7 @@ def serve(
         request_timeout_s=timeout,
         grace_s=grace,
     )
-    bound = bind(host, port)
+    _check_speculation(drafter, verifier, max_nodes, adaptive)
     asked = {
         "drafter": drafter,
         "verifier": verifier,
@@ -117,17 +121,18 @@ def serve(
         "max_waiting": max_waiting,
         "prefix_sharing": prefix_sharing,
     }
-    engine, model = _load(target, drafter_model or [], dtype, device, asked)
-    with engine:
-        service = Service(engine, name or target, _defaults(model, is_saved=generation_config), limits)
-        is_local = is_loopback(bound.getsockname()[0])
-        app = make_app(
-            service, api_key=api_key, origins=allowed_origin or (), is_loopback=is_local, hosts=allowed_host or ()
-        )
-        if not is_local and api_key is None:
-            print(f"warning: everybody who can reach {host} can use this server; see --api-key", file=sys.stderr)
-        run(app, service, bound, lambda: print(f"{service.name} at {url_of(bound)}", file=sys.stderr, flush=True))
-        engine.close(timeout=0)
+    with bind(host, port) as bound:  # before the model: it may take long to load
+        engine, model = _load(target, drafter_model or [], dtype, device, asked)
+        with engine:
+            service = Service(engine, name or target, _defaults(model, is_saved=generation_config), limits)
+            is_local = is_loopback(bound.getsockname()[0])
+            app = make_app(
+                service, api_key=api_key, origins=allowed_origin or (), is_loopback=is_local, hosts=allowed_host or ()
+            )
+            if not is_local and api_key is None:
+                print(f"warning: everybody who can reach {host} can use this server; see --api-key", file=sys.stderr)
+            run(app, service, bound, lambda: print(f"{service.name} at {url_of(bound)}", file=sys.stderr, flush=True))
+            engine.close(timeout=0)
 
 
 def _check_installed() -> None:
@@ -139,14 +144,29 @@ def _check_installed() -> None:
         raise ValueError(f"the server needs {', '.join(missing)}: pip install 'specdec-toolkit[serve]'")
 
 
+def _check_speculation(drafter: str, verifier: str, max_nodes: int, adaptive: bool) -> None:
+    """Raises ValueError for an unknown name or a value out of its range, before a model is loaded."""
+    from specdec.budget.adaptive import make_budget
+    from specdec.drafters import parse_drafter
+    from specdec.verifiers import make_verifier
+
+    make_budget(max_nodes, adaptive)
+    make_verifier(verifier)
+    if not drafter.endswith(".json"):  # a file of specdec tune
+        parse_drafter(drafter)
+
+
 def _load(target: str, draft_models: list[str], dtype: str, device: str, asked: dict[str, Any]) -> tuple[Any, Any]:
     """The engine, and the model it runs."""
+    from specdec.cli.loading import check_tokenizers
     from specdec.cli.text import tell
     from specdec.hub.load import load_model, load_tokenizer
     from specdec.serving.engine import Engine
 
     model = load_model(target, dtype=dtype, device=device, progress=tell)
     tokenizer = load_tokenizer(target, progress=tell)
+    for each in draft_models:
+        check_tokenizers(tokenizer, each)
     drafts = [load_model(each, dtype=dtype, device=device, progress=tell) for each in draft_models]
     return Engine(model, tokenizer=tokenizer, draft_model=drafts or None, **asked), model
 

@@ -27,12 +27,15 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OSError: the address is taken or not ours.
     """
+    bound: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
+        if bound is not None:
+            bound.close()
         raise OSError(
             f"cannot listen on {host} port {port}: {error.strerror}; choose another --port or --host"
         ) from None
