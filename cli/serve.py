@@ -147,12 +147,12 @@ def _check_installed() -> None:
 def _check_speculation(drafter: str, verifier: str, max_nodes: int, adaptive: bool) -> None:
     """Raises ValueError for an unknown name or a value out of its range, before a model is loaded."""
     from specdec.budget.adaptive import make_budget
-    from specdec.drafters import parse_drafter
+    from specdec.drafters import parse_drafter, tuned_file
     from specdec.verifiers import make_verifier
 
     make_budget(max_nodes, adaptive)
     make_verifier(verifier)
-    if not drafter.endswith(".json"):  # a file of specdec tune
+    if tuned_file(drafter) is None:
         parse_drafter(drafter)
 
 

@@ -26,6 +26,7 @@ SLOW = {
     "engine/test_wrapped.py",
     "generation/test_caller_objects.py", "generation/test_endings.py",
     "project/test_notebooks.py",
+    "serve/test_load.py", "serve/test_real.py",
 }  # fmt: skip
 # ... and files of many cases, of which the first one of each test is not.
 SAMPLED = {

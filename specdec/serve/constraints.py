@@ -10,6 +10,8 @@ from typing import Any
 from specdec.serve.bodies import Body
 from specdec.serve.errors import bad
 
+_OBJECT = {"type": "object"}  # what "json_object" asks for
+
 
 def constraint_of(body: Body) -> Callable[[], Any] | None:
     """Builds what ``RequestSettings.grammar`` takes, when called; None: the answer is free.
@@ -36,7 +38,7 @@ def _wanted(body: Body) -> dict[str, tuple[str, Any]]:
     if (outputs := body.structured_outputs) is not None:
         wanted |= {
             "structured_outputs.json": ("json_schema", outputs.json_),
-            "structured_outputs.json_object": ("json", outputs.json_object or None),
+            "structured_outputs.json_object": ("json_schema", _OBJECT if outputs.json_object else None),
             "structured_outputs.regex": ("regex", outputs.regex),
             "structured_outputs.choice": ("choices", outputs.choice),
             "structured_outputs.grammar": ("lark", outputs.grammar),
@@ -44,7 +46,7 @@ def _wanted(body: Body) -> dict[str, tuple[str, Any]]:
         if all(value is None for _, value in wanted.values()):
             raise bad("structured_outputs", "structured_outputs names no constraint: json, regex, choice or grammar")
     if (form := body.response_format) is not None and form.type == "json_object":
-        wanted["response_format"] = ("json", True)
+        wanted["response_format"] = ("json_schema", _OBJECT)
     elif form is not None and form.type == "json_schema":
         if form.json_schema is None or form.json_schema.schema_ is None:
             raise bad("response_format.json_schema.schema", "response_format.json_schema needs a schema")
@@ -58,11 +60,20 @@ def _build(name: str, kind: str, value: Any) -> Any:
     except ImportError:
         raise bad(name, f"{name}: this server cannot constrain answers; install specdec-toolkit[grammar]") from None
     try:
-        if kind == "json":
-            return Grammar.json()
         if kind == "json_schema":
-            return Grammar.json_schema(json.loads(value) if isinstance(value, str) else value)
+            return Grammar.json_schema(_schema(name, value))
         make = {"regex": Grammar.regex, "choices": Grammar.choices, "lark": Grammar.lark}[kind]
         return make(value)
     except (ValueError, TypeError) as error:
         raise bad(name, f"{name}: {error}") from None
+
+
+def _schema(name: str, value: Any) -> Any:
+    """A schema that was sent as an object or as text. Never a string: the library takes one for the name of a file."""
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise bad(name, f"{name} is no JSON: {error}") from None
+    if not isinstance(schema, dict | bool):
+        raise bad(name, f"{name} must be a JSON schema, an object, got {type(schema).__name__}")
+    return schema

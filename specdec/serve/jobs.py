@@ -63,7 +63,9 @@ class Job:
         try:
             async for delta in answer:
                 self._queue.put_nowait(Part(index, delta))
-        except Exception as error:
-            self._queue.put_nowait(error)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # the engine hands on whatever ended the request, in its thread
+            self._queue.put_nowait(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         else:
             self._queue.put_nowait(None)

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from served import HELLO, Answered, Served
 from tinychat import make_tokenizer
 
+from specdec.serve.bodies import ChatBody
 from specdec.serve.limits import Limits
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -260,5 +263,26 @@ def test_constraints_need_their_package(served: Served, monkeypatch: pytest.Monk
     check(served.chat(response_format={"type": "json_object"}), 400, "response_format", "specdec-toolkit[grammar]")
 
 
-def test_messages_are_whole(served: Served) -> None:
-    assert served.ask(CHAT, {"messages": HELLO, "max_tokens": 2}).status == 200
+@pytest.mark.parametrize("schema", ['"/etc/passwd"', '"schema.json"', "[]", "3", "{", "[" * 5000])
+def test_a_schema_is_never_taken_for_the_name_of_a_file(served: Served, schema: str) -> None:
+    """The library reads a schema from a file if it is given a name, and a client's text must not be one."""
+    pytest.importorskip("specdec.grammar.inputs")
+    check(served.chat(guided_json=schema), 400, "guided_json", "JSON")
+
+
+FIELDS = [*ChatBody.model_fields, "tools", "echo", "x"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3), st.sampled_from([CHAT, TEXT]))
+def test_no_body_makes_the_server_fail(served: Served, fields: dict[str, Any], path: str) -> None:
+    """Whatever is sent, the answer is an answer, a stream, or an error that blames the sender."""
+    answer = served.ask(path, {"messages": HELLO, "prompt": "x", "max_tokens": 2, **fields})
+    assert answer.status in (200, 400, 404), (fields, answer.text)
+    if answer.status != 200:
+        assert answer.error["type"] in ("invalid_request_error", "not_found_error")

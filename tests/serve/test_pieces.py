@@ -61,6 +61,8 @@ def test_penalties_are_openais_formula() -> None:
     expected[0, 3] -= 1 * 0.5 + 0.25
     torch.testing.assert_close(got, expected)
     assert torch.equal(TokenPenalty(7, 0.5, 0.25)(ids, logits), logits)
+    for broken in (TokenPenalty(0, 0.5, 0.25), TokenPenalty(3, 0.25, 0.5), TokenPenalty(4, 0.5, 0.25)):
+        assert not torch.allclose(broken(ids, logits), expected), "a penalty that counts otherwise must be noticed"
 
 
 def test_biases_are_added_and_the_least_bans() -> None:
