@@ -88,15 +88,17 @@ class Judge:
         place = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
         if place is None:  # one stops where the other goes on: no token was chosen differently
             place = min(len(expected), len(got))
-            wanted, found = (ids[place] if place < len(ids) else None for ids in (expected, got))
-            return Difference(question_id, turn, place, wanted, found, None, False)
+            wanted, other = (ids[place] if place < len(ids) else None for ids in (expected, got))
+            return Difference(question_id, turn, place, wanted, other, None, False)
         ids, pair = [*prompt, *expected[:place]], (expected[place], got[place])
         margin = self._margin(self._logits(ids), ids, key, pair)
         if margin > self.tolerance and self.model.dtype in (torch.bfloat16, torch.float16):
             blocks = (self._block_logits(ids, size) for size in _BLOCKS if size < len(ids))
             margin = min([margin, *(self._margin(logits, ids, key, pair) for logits in blocks)])
-        known = margin if math.isfinite(margin) else None
-        return Difference(question_id, turn, place, expected[place], got[place], known, margin <= self.tolerance)
+        finite_margin = margin if math.isfinite(margin) else None
+        return Difference(
+            question_id, turn, place, expected[place], got[place], finite_margin, margin <= self.tolerance
+        )
 
     def _margin(self, logits: Tensor, ids: list[int], key: int, pair: tuple[int, int]) -> float:
         """How far the worse of two tokens lies below the best by ``logits`` (V,)."""

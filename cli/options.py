@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdec.settings import meaning
+from specdec.settings import DEFAULTS, Settings, meaning
 
 if TYPE_CHECKING:
     from specdec.records.tuned import Tuned
@@ -59,6 +60,41 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", help="CPU threads of the model; torch's own choice by default.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """How the models run here."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    threads: Threads = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(Machine):
+    """How the models run here."""
+
+    accelerate: Accelerate = True
+    cuda_graphs: CudaGraphs = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """How to speculate.
+
+    Named as in ``specdec.settings``; all of them are passed to ``specdec.generate``.
+    """
+
+    verifier: Verifier = str(DEFAULTS.verifier)
+    max_nodes: MaxNodes = DEFAULTS.max_nodes
+    adaptive: Adaptive = DEFAULTS.adaptive
+    seed: Seed = 0
+
+    def settings(self, **others: Any) -> Settings:
+        """These options, with ``others`` beside them or in their place."""
+        return Settings(**{**{field.name: getattr(self, field.name) for field in fields(Speculation)}, **others})
+
 
 Config = Annotated[
     Path | None,
