@@ -15,12 +15,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from specdec.serve.bodies import ChatBody, FieldError, TextBody
-from specdec.serve.errors import ApiError
+from specdec.serve.errors import ApiError, ErrorAnswer
 from specdec.serve.gate import Gate
 from specdec.serve.monitor import CONTENT_TYPE, Monitor
 from specdec.serve.page import page_headers, page_html
 from specdec.serve.replies import Reply
 from specdec.serve.service import Service
+
+# For /openapi.json.
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
 
 
 def make_app(
@@ -56,11 +59,11 @@ def make_app(
 
 
 def _add_completions(app: FastAPI, service: Service, monitor: Monitor) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat_completions(body: ChatBody) -> Response:
         return Reply(service, monitor, body, await service.start_chat(body)).response()
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: TextBody) -> Response:
         return Reply(service, monitor, body, await service.start_text(body)).response()
 
@@ -78,7 +81,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=_ERRORS)
     async def one_model(name: str) -> Response:
         service.check_model(name)
         return JSONResponse(model)

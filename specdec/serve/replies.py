@@ -175,7 +175,9 @@ class EventStream(Response):
     """Server-sent events."""
 
     def __init__(self, reply: Reply) -> None:
-        super().__init__(media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        super().__init__(
+            media_type="text/event-stream", headers={"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+        )
         del self.headers["content-length"]
         self._reply = reply
 

@@ -72,6 +72,7 @@ class Server(uvicorn.Server):
         self._service.stop()
         asyncio.get_running_loop().call_later(self._service.limits.grace_s, self._service.cut_short)
         await super().shutdown(sockets)
+        self._service.close()
 
 
 def run(app: ASGIApp, service: Service, bound: socket.socket, on_start: Callable[[], None] = lambda: None) -> None:

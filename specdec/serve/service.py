@@ -92,6 +92,11 @@ class Service:
         for job in tuple(self._timers):
             job.stop(shutting_down())
 
+    def close(self) -> None:
+        """End the thread that tokenizes; nothing can be asked any more."""
+        self.stop()
+        self.prompts.close()
+
     def _admit(self, body: Body) -> None:
         if self.is_stopping:
             raise shutting_down()

@@ -130,6 +130,13 @@ def test_the_rules_catch_a_forbidden_import(tmp_path: Path) -> None:
     assert room_of("specdec.drafters.ngram") not in ROOMS["core"].split()
 
 
+def test_every_package_is_shipped() -> None:
+    """A folder that the list in pyproject.toml lacks is there in a checkout and missing in an installation."""
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {module for module, path in modules() if path.name == "__init__.py"}
+    assert found == listed
+
+
 def test_our_kernels_folder_is_not_the_top_level_package_kernels() -> None:
     """transformers imports a package named kernels if it finds one: with the root on sys.path it would be ours."""
     spec = importlib.util.find_spec("kernels")

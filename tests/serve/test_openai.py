@@ -178,6 +178,15 @@ def test_each_chunk_shows_its_tree_on_request(served: Served) -> None:
     assert "".join(token["text"] for step in steps for token in step["tokens"]) == text
 
 
+def test_the_description_for_programs_knows_the_fields_and_the_errors(served: Served) -> None:
+    described = served.ask("/openapi.json").json
+    asked = described["paths"]["/v1/chat/completions"]["post"]
+    assert set(asked["responses"]) == {"200", "4XX", "5XX"}
+    assert {"messages", "temperature", "guided_json"} <= set(
+        described["components"]["schemas"]["ChatBody"]["properties"]
+    )
+
+
 def test_the_model_is_listed(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "tiny"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from served import Served
-from tinychat import make_tokenizer
+from tinychat import TEMPLATE, make_tokenizer
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -132,13 +132,15 @@ addEventListener("load", async () => {
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium is not installed")
-@pytest.mark.parametrize("width", [1280, 390], ids=["desk", "phone"])
-def test_the_page_works_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+@pytest.mark.parametrize(("width", "template"), [(1280, TEMPLATE), (390, None)], ids=["desk", "phone, no template"])
+def test_the_page_works_in_a_browser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, template: str | None
+) -> None:
     from specdec.serve import page
 
     read = page._read
     monkeypatch.setattr(page, "_read", lambda name: read(name) + (DRIVER if name == "page.js" else ""))
-    engine = FakeEngine(make_tokenizer(), pass_s=0.005, width=3)
+    engine = FakeEngine(make_tokenizer(template=template), pass_s=0.005, width=3)
     with Served(engine) as server:
         assert CHROMIUM is not None
         ran = subprocess.run(
