@@ -45,9 +45,9 @@ def expected(question: str, num_tokens: int, **options: Any) -> list[int]:
     return out[0, ids.shape[1] :].tolist()
 
 
-def ask(served: Served, question: str, **fields: Any) -> Any:
+def ask(served: Served, question: str, num_tokens: int = 40, **fields: Any) -> Any:
     messages = [{"role": "user", "content": question}]
-    return served.chat(messages=messages, max_tokens=40, return_token_ids=True, **fields).json
+    return served.chat(messages=messages, max_tokens=num_tokens, return_token_ids=True, **fields).json
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,20 @@ def test_tokens_are_the_librarys_whoever_else_asks(served: Served, fields: Any, 
     for question, answer in zip(QUESTIONS, answers, strict=True):
         assert answer["prompt_token_ids"] == prompt_of(question)
         assert answer["choices"][0]["token_ids"] == expected(question, 40, **options)
+
+
+def test_tokens_are_the_librarys_when_memory_runs_short(one_thread: None) -> None:
+    """Requests lose their rows and are taken up again; nobody may notice."""
+    with (
+        Engine(MODEL, tokenizer=TOKENIZER, drafter="ngram", accelerate=False, max_rows=6, kv_memory=150_000) as engine,
+        Served(engine, defaults=Defaults(end_ids=(256,))) as served,
+        ThreadPoolExecutor(len(QUESTIONS)) as pool,
+    ):
+        answers = list(pool.map(lambda question: ask(served, question, 120, temperature=0, ignore_eos=True), QUESTIONS))
+        assert served.metric("vllm:num_preemptions_total") > 0
+        for question, answer in zip(QUESTIONS, answers, strict=True):
+            own = expected(question, 120, do_sample=False, eos_token_id=None)
+            assert answer["choices"][0]["token_ids"] == own
 
 
 def test_text_and_log_probabilities_are_those_of_the_tokens(served: Served) -> None:
