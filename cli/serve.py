@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,7 +50,10 @@ class Access:
     ] = "127.0.0.1"
     port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="The port; 0: a free one.")] = 8000
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="The model's name for clients. Default: MODEL.")
+        str | None,
+        typer.Option(
+            "--name", metavar="NAME", help="The model's name for clients. Default: MODEL, or the name of its folder."
+        ),
     ] = None
     api_key: Annotated[
         str | None,
@@ -176,9 +180,8 @@ def serve(
     with bind(access.host, access.port) as bound:  # before the model: it may take long to load
         engine, model = _load(target, drafter, drafter_model or [], capacity, drafting, models)
         with engine:
-            service = Service(
-                engine, access.name or target, _defaults(model, is_saved=requests.generation_config), limits
-            )
+            name = access.name or (Path(target).resolve().name if Path(target).is_dir() else target)
+            service = Service(engine, name, _defaults(model, is_saved=requests.generation_config), limits)
             _run(service, access, bound)
             engine.close(timeout=0)
 

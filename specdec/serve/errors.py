@@ -63,6 +63,10 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
 
 
+def queue_full(reason: str) -> ApiError:
+    return ApiError(429, f"too many requests: {reason}", code="queue_full", headers={"Retry-After": "1"})
+
+
 def timed_out(seconds: float) -> ApiError:
     return ApiError(504, f"the request took longer than the server's limit of {seconds:g} s", code="timeout")
 

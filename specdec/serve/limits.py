@@ -17,6 +17,8 @@ class Limits:
     max_new_tokens: int | None = None  # None: what the context leaves, or 4096 where the model has no end
     max_choices: int = 16  # texts of one request: prompts times n
     max_body_bytes: int = 4 << 20
+    max_starting: int = 256  # requests that are being tokenized, before the engine counts them as waiting
+    max_connections: int = 1024
     body_timeout_s: float = 30.0  # for a body to arrive
     request_timeout_s: float = 600.0  # for an answer to be complete
     stall_timeout_s: float = 30.0  # for a reader to take what was sent

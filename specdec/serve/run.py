@@ -59,6 +59,7 @@ class Server(uvicorn.Server):
             access_log=False,
             lifespan="off",
             server_header=False,
+            limit_concurrency=service.limits.max_connections,
             timeout_graceful_shutdown=int(grace) + 1 + _LAST_WORDS_S,
         )
         super().__init__(config)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from specdec.serve.backend import Answer, Backend
 from specdec.serve.bodies import Body, ChatBody, TextBody
 from specdec.serve.constraints import constraint_of
-from specdec.serve.errors import ApiError, bad, blame, shutting_down, timed_out
+from specdec.serve.errors import ApiError, bad, blame, queue_full, shutting_down, timed_out
 from specdec.serve.formats import ChatFormat, Format, TextFormat
 from specdec.serve.jobs import Job
 from specdec.serve.limits import UNBOUNDED_NEW_TOKENS, Limits
@@ -49,6 +50,7 @@ class Service:
         self.backend, self.name, self.limits = backend, name, limits
         self.words = Vocabulary(backend.tokenizer)
         self.is_stopping = False
+        self._num_starting = 0
         self._timers: dict[Job, asyncio.TimerHandle] = {}  # of the requests that run
         self._defaults = defaults
         context = backend.context_length
@@ -68,14 +70,14 @@ class Service:
 
     async def start_chat(self, body: ChatBody) -> Started:
         """Start the answers to a conversation. Raises ApiError."""
-        self._admit(body)
-        prompts = [await self.prompts.chat(body)]
-        return await self._start(body, prompts, ChatFormat(self.name, self.words))
+        with self._admitted(body):
+            prompts = [await self.prompts.chat(body)]
+            return await self._start(body, prompts, ChatFormat(self.name, self.words))
 
     async def start_text(self, body: TextBody) -> Started:
         """Start the continuations of texts. Raises ApiError."""
-        self._admit(body)
-        return await self._start(body, await self.prompts.text(body), TextFormat(self.name, self.words))
+        with self._admitted(body):
+            return await self._start(body, await self.prompts.text(body), TextFormat(self.name, self.words))
 
     def finish(self, job: Job) -> None:
         """Forget a request, whose rows are free from now on."""
@@ -97,11 +99,19 @@ class Service:
         self.stop()
         self.prompts.close()
 
-    def _admit(self, body: Body) -> None:
+    @contextmanager
+    def _admitted(self, body: Body) -> Iterator[None]:
         if self.is_stopping:
             raise shutting_down()
         self.check_model(body.model)
         self._check_choices(body)
+        if self._num_starting >= self.limits.max_starting:
+            raise queue_full(f"{self._num_starting} requests are being read")
+        self._num_starting += 1
+        try:
+            yield
+        finally:
+            self._num_starting -= 1
 
     def _check_choices(self, body: Body) -> None:
         number = body.num_prompts * body.num_choices
@@ -198,7 +208,7 @@ class Service:
 def _as_answer(error: BaseException) -> BaseException:
     """What a failed ``submit`` means to the client."""
     if isinstance(error, QueueFullError):
-        return ApiError(429, f"too many requests are waiting: {error}", code="queue_full", headers={"Retry-After": "1"})
+        return queue_full(str(error))
     if isinstance(error, ValueError | ImportError):  # what cannot be used, or only with a package that is not here
         return blame(error, ("prompt", "messages"))
     if isinstance(error, RuntimeError):

@@ -74,6 +74,20 @@ def test_too_many_waiting_requests_are_told_when_to_come_back() -> None:
     engine.close()
 
 
+def test_requests_that_wait_for_the_tokenizer_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not in the engine yet, whose limit would never see them."""
+    engine = FakeEngine(TOKENIZER)
+    with Served(engine, Limits(max_starting=2, grace_s=0)) as served, ThreadPoolExecutor(4) as pool:
+        gate = threading.Event()
+        monkeypatch.setattr(served.service.prompts, "_render", lambda body: gate.wait(10) and [1, 2, 3])
+        asking = [pool.submit(served.chat) for _ in range(4)]
+        until(lambda: sum(each.done() for each in asking) == 2)
+        gate.set()
+        assert sorted(each.result().status for each in asking) == [200, 200, 429, 429]
+        assert served.chat().status == 200
+    engine.close()
+
+
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_leaves_frees_its_rows(is_streamed: bool) -> None:
     engine = FakeEngine(TOKENIZER, pass_s=0.01)
