@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from specdec.budget.calibration import Calibration, DepthRates, NodeRates
-from specdec.budget.costs import DraftCosts, PassCosts, PassTimer, mean_context
+from specdec.budget.costs import PassCosts, mean_context
+from specdec.budget.timing import DraftCosts, PassTimer
 from specdec.interfaces import Limit, Row, Verdict
 from specdec.tree import TokenTree, best_part
 
@@ -122,6 +123,7 @@ class AdaptiveBudget:
     _nodes_per_level: float = 1.0
     _share: float = 1.0  # of rows that get a draft
     _tokens: float = 2.0  # of a row in a step with a draft
+    _latest_tokens: float = 2.0  # in the latest few
     _num_drafts: int = 0
     _explored_at: int = 0  # the draft that was verified as it was
     _levels: int | None = None  # that were asked for in the latest step; 0: a step of rest
@@ -151,7 +153,9 @@ class AdaptiveBudget:
         if self._timer.wants_plain or not self._timer.knows_plain:
             return True
         late = 8 + 100 * (1 - 1 / self._tokens)
-        return self._since_plain + 1 >= max(min(1 << self._timer.num_plain(rows), late), 4 * (self._tokens - 1))
+        num_plain = self._timer.num_plain(rows)
+        tokens = self._tokens if True else 0
+        return self._since_plain + 1 >= max(min(1 << num_plain, late), 4 * (tokens - 1))
 
     def _max_columns(self, rows: Sequence[Row]) -> int:
         """Columns grow by steps: a pass may cost as much as its columns."""
@@ -180,9 +184,15 @@ class AdaptiveBudget:
             (1 + self._share * expected[n]) / (curve[n] / curve[0] + self._draft_costs.cost(levels[n]))
             for n in range(1, most + 1)
         ]
-        best = 1 + max(range(most), key=rates.__getitem__)
+        outlays = [curve[n] / curve[0] + self._draft_costs.cost(levels[n]) - 1 for n in range(most + 1)]
+        afforded = [n for n in range(1, most + 1) if n == 1 or outlays[n] <= self.credit + _MAX_DEBT]
+        best = max(afforded, key=lambda n: rates[n - 1])
         if self._num_drafts % 16 == 15:
             best = min(best + 1 + best // 4, self.max_nodes)
+        if not self._can_cut and self._explores():
+            best = max(
+                n for n in afforded if best <= n <= 2 * best + 1 and outlays[n] <= outlays[best] + self.credit / 2
+            )
         level = max(1, math.ceil(best / self._nodes_per_level - 1e-9))
         return level, self.max_nodes if self._can_cut else best
 
@@ -217,7 +227,7 @@ class AdaptiveBudget:
     def _explores(self) -> bool:
         """Whether a tree is verified as it is: estimates too low to be tried would never be found too low."""
         n = self._num_drafts
-        return n > 0 and (n % 64 == 0 or n & (n - 1) == 0)
+        return n > 0 and (n % (32 if self.credit >= _MAX_CREDIT else 64) == 0 or n & (n - 1) == 0)
 
     def _may_be_misled(self, values: Sequence[Sequence[float]]) -> bool:
         """Whether drafts that promise much are only kept from being verified by costs that may have been a bad spell."""
@@ -285,7 +295,9 @@ class AdaptiveBudget:
         weight = max(0.05, 1 / (self._num_drafts + 1))
         num_drafted = sum(len(tree) > 1 for tree in trees)
         self._share += weight * (num_drafted / len(trees) - self._share)
-        self._tokens += weight * (sum(len(verdict.tokens) for verdict in verdicts) / len(trees) - self._tokens)
+        tokens = sum(len(verdict.tokens) for verdict in verdicts) / len(trees)
+        self._tokens += weight * (tokens - self._tokens)
+        self._latest_tokens += (tokens - self._latest_tokens) / 2
         for tree, verdict in zip(trees, verdicts, strict=True):
             if len(tree) > 1:
                 depth = self._num_own_levels(tree)
