@@ -48,8 +48,7 @@ def load(target: str, draft_models: Sequence[str], engine: Engine, *, compare: b
     for name in draft_models:
         check_tokenizers(tokenizer, name)
     drafts = tuple(load_model(name, dtype=engine.dtype, device=engine.device, progress=tell) for name in draft_models)
-    how = {"accelerate": engine.accelerate, "cuda_graphs": engine.cuda_graphs, "in_place": not compare}
-    runtime = Runtime(model, drafts, **how)
+    runtime = Runtime(model, drafts, accelerate=engine.accelerate, cuda_graphs=engine.cuda_graphs, in_place=not compare)
     return Loaded(model, runtime, tokenizer, drafts)
 
 

@@ -109,11 +109,11 @@ class Requests:
 
     max_prompt_tokens: Annotated[
         int | None,
-        typer.Option("--max-prompt-tokens", metavar="N", help="The longest prompt. Default: the model's context."),
+        typer.Option("--max-prompt-tokens", metavar="N", help="The longest prompt. Default: what fits."),
     ] = None
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", metavar="N", help="The longest answer. Default: what the context leaves."),
+        typer.Option("--max-new-tokens", metavar="N", help="The longest answer. Default: what fits."),
     ] = None
     max_body: Annotated[int, typer.Option("--max-body", metavar="BYTES", help="The largest request.")] = (
         LIMITS.max_body_bytes

@@ -74,7 +74,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         "object": "model",
         "created": int(time.time()),
         "owned_by": "specdec",
-        "max_model_len": service.backend.context_length,
+        "max_model_len": service.backend.max_length,
     }
 
     @app.get("/v1/models")

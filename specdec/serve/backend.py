@@ -34,6 +34,10 @@ class Backend(Protocol):
         """The most tokens of one text, prompt included; None: no end."""
 
     @property
+    def max_length(self) -> int:
+        """The most tokens that it can really hold of one text, prompt included."""
+
+    @property
     def vocab_size(self) -> int:
         """V: token ids are in [0, V)."""
 

@@ -13,8 +13,8 @@ class Limits:
         ValueError: a limit that would refuse everything.
     """
 
-    max_prompt_tokens: int | None = None  # None: the model's context
-    max_new_tokens: int | None = None  # None: what the context leaves, or 4096 where the model has no end
+    max_prompt_tokens: int | None = None  # None: what the model and its cache hold
+    max_new_tokens: int | None = None  # None: what is left, or 4096 where the model has no end
     max_choices: int = 16  # texts of one request: prompts times n
     max_body_bytes: int = 4 << 20
     max_starting: int = 256  # requests that are being tokenized, before the engine counts them as waiting

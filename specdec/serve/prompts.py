@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Prompts:
     """Tokenizes, one request after another in a thread of its own: a tokenizer's settings are not safe for several."""
 
-    def __init__(self, tokenizer: Any | None, vocab_size: int, max_tokens: int | None) -> None:
+    def __init__(self, tokenizer: Any | None, vocab_size: int, max_tokens: int) -> None:
         self._tokenizer, self._vocab_size, self._max_tokens = tokenizer, vocab_size, max_tokens
         self._thread = ThreadPoolExecutor(1, "specdec-tokenizer")
 
@@ -87,7 +87,7 @@ class Prompts:
     def _checked(self, field: str, ids: list[int]) -> list[int]:
         if not ids:
             raise bad(field, f"{field} is empty: it has no tokens; write some text")
-        if self._max_tokens is not None and len(ids) > self._max_tokens:
+        if len(ids) > self._max_tokens:
             raise bad(
                 field,
                 f"{field} has {len(ids)} tokens, and this server takes at most {self._max_tokens}; shorten it",

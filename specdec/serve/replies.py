@@ -82,14 +82,16 @@ class Reply:
         return self._service.limits.stall_timeout_s
 
     async def _chunks(self) -> AsyncGenerator[Json, None]:
-        form, extra = self._format, self._prompt_ids()
+        form, extra = self._format, self._prompt_ids()  # in the first chunk
         for i in range(len(self._job.answers)):
             if (opening := form.opening(i)) is not None:
                 yield self._chunk(opening) | extra
+                extra = {}
         async with aclosing(self._parts()) as parts:
             async for part in parts:
                 if (piece := self._piece(part)) is not None:
-                    yield self._chunk(piece)
+                    yield self._chunk(piece) | extra
+                    extra = {}
                 if part.delta.finish_reason is not None:
                     yield self._chunk(form.ending(part.index, part.delta.finish_reason))
         if self._body.is_usage_streamed:

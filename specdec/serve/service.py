@@ -53,10 +53,10 @@ class Service:
         self._num_starting = 0
         self._timers: dict[Job, asyncio.TimerHandle] = {}  # of the requests that run
         self._defaults = defaults
-        context = backend.context_length
-        longest = [] if context is None else [context - 1]  # one token must fit behind a prompt
-        longest += [] if limits.max_prompt_tokens is None else [limits.max_prompt_tokens]
-        self.prompts = Prompts(backend.tokenizer, backend.vocab_size, min(longest, default=None))
+        longest = backend.max_length - 1  # one token must fit behind a prompt
+        if limits.max_prompt_tokens is not None:
+            longest = min(longest, limits.max_prompt_tokens)
+        self.prompts = Prompts(backend.tokenizer, backend.vocab_size, longest)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError (404) if ``name`` is another model than the one that is served."""
@@ -187,19 +187,17 @@ class Service:
 
     def _new_tokens(self, body: Body, num_prompt: int) -> int:
         field, asked = body.new_tokens
-        context, limit = self.backend.context_length, self.limits.max_new_tokens
-        room = None if context is None else context - num_prompt
-        bounds = [each for each in (room, limit) if each is not None]
+        limit, room = self.limits.max_new_tokens, self.backend.max_length - num_prompt
         if asked is None:
-            wanted = UNBOUNDED_NEW_TOKENS if not bounds else min(bounds)
-            return wanted if body.default_new_tokens is None else min(body.default_new_tokens, wanted)
+            endless = UNBOUNDED_NEW_TOKENS if self.backend.context_length is None else None
+            return min(each for each in (body.default_new_tokens, limit, endless, room) if each is not None)
         if limit is not None and asked > limit:
             raise bad(field, f"{field} may be at most {limit} on this server, got {asked}")
-        if room is not None and asked > room:
+        if asked > room:
             raise bad(
                 field,
-                f"{field} is {asked}, but behind {num_prompt} prompt tokens the model's context of {context} has room "
-                f"for {room}",
+                f"{field} is {asked}, but the {self.backend.max_length} tokens of this model and its cache leave room for "
+                f"{room} behind {num_prompt} prompt tokens",
                 code="context_length_exceeded",
             )
         return asked

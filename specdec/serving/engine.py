@@ -137,6 +137,13 @@ class Engine:
         """Token ids are in [0, vocab_size)."""
         return self._target.vocab_size
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens of one request, prompt included: the cache, or the model's positions if these are fewer."""
+        pool = self._scheduler.tables.pool
+        slots = pool.num_blocks * pool.block_size - 1
+        return slots if self.context_length is None else min(slots, self.context_length)
+
     def submit(
         self, prompt: str | Sequence[int], settings: RequestSettings | None = None, *, request_id: str | None = None
     ) -> Handle:

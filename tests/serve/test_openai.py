@@ -161,6 +161,12 @@ def test_token_ids_are_returned_on_request(client: openai.OpenAI) -> None:
     assert extra is not None
     assert TOKENIZER.decode(extra["token_ids"]) == answer.choices[0].text
     assert answer.model_extra == {"prompt_token_ids": TOKENIZER("hi")["input_ids"]}
+    stream = client.completions.create(
+        model="tiny", prompt="hi", max_tokens=5, stream=True, extra_body={"return_token_ids": True}
+    )
+    first, *others = [chunk.model_extra for chunk in stream]
+    assert first == answer.model_extra
+    assert not any(others)
 
 
 def test_each_chunk_shows_its_tree_on_request(served: Served) -> None:

@@ -163,6 +163,16 @@ def test_a_stop_string_may_span_tokens_and_passes(served: Served) -> None:
     assert "".join(pieces) == choice["message"]["content"]
 
 
+def test_a_chat_without_a_limit_fits_into_a_small_cache(one_thread: None) -> None:
+    """The context may be longer than the cache: a request that asks for no length must not be refused for it."""
+    with Engine(MODEL, tokenizer=TOKENIZER, drafter="none", accelerate=False, kv_memory=60_000) as engine:
+        assert engine.max_length < 512
+        with Served(engine) as served:
+            usage = served.chat(max_tokens=None, ignore_eos=True, temperature=0).json["usage"]
+            assert usage["total_tokens"] == engine.max_length
+            assert served.ask("/v1/completions", {"prompt": "x" * engine.max_length}).error["param"] == "prompt"
+
+
 def test_a_prompt_larger_than_the_model_is_refused(served: Served) -> None:
     answer = served.ask("/v1/completions", {"prompt": "x" * 600})
     assert (answer.status, answer.error["param"], answer.error["code"]) == (400, "prompt", "context_length_exceeded")

@@ -97,6 +97,7 @@ class FakeEngine:
     ) -> None:
         self.tokenizer, self.context_length = tokenizer, context_length
         self.vocab_size = len(tokenizer)
+        self.max_length = context_length or 1 << 20
         self.lock = threading.RLock()
         self.running: list[FakeAnswer] = []
         self.asked: list[FakeAnswer] = []
