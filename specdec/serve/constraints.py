@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from specdec.serve.bodies import Body
@@ -13,8 +12,21 @@ from specdec.serve.errors import bad
 _OBJECT = {"type": "object"}  # what "json_object" asks for
 
 
-def constraint_of(body: Body) -> Callable[[], Any] | None:
-    """Builds what ``RequestSettings.grammar`` takes, when called; None: the answer is free.
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a field asks of the answer."""
+
+    field: str
+    kind: str
+    value: Any
+
+    def build(self) -> Any:
+        """What ``RequestSettings.grammar`` takes. Raises ApiError."""
+        return _build(self.field, self.kind, self.value)
+
+
+def constraint_of(body: Body) -> Constraint | None:
+    """What ``body`` asks of its answer; None: it is free.
 
     Raises:
         ApiError: two constraints at once, or one that says nothing.
@@ -22,9 +34,7 @@ def constraint_of(body: Body) -> Callable[[], Any] | None:
     found = {name: wanted for name, wanted in _wanted(body).items() if wanted[1] is not None}
     if len(found) > 1:
         raise bad(list(found)[1], f"{' and '.join(found)} both constrain the answer; give one of them")
-    for name, (kind, value) in found.items():
-        return partial(_build, name, kind, value)
-    return None
+    return next((Constraint(name, kind, value) for name, (kind, value) in found.items()), None)
 
 
 def _wanted(body: Body) -> dict[str, tuple[str, Any]]:

@@ -121,7 +121,7 @@ class Service:
 
     async def _start(self, body: Body, prompts: list[list[int]], form: Format) -> Started:
         constraint = constraint_of(body)
-        grammar = None if constraint is None else await asyncio.to_thread(constraint)
+        grammar = None if constraint is None else await asyncio.to_thread(constraint.build)
         if self.is_stopping:
             raise shutting_down()
         asked = [
@@ -129,7 +129,13 @@ class Service:
             for prompt in prompts
             for choice in range(body.num_choices)
         ]
-        job = Job(self._submit(asked, form.id))
+        try:
+            job = Job(self._submit(asked, form.id))
+        except ApiError as error:
+            # Prompt and settings were checked: what the engine still cannot use is the grammar, which it compiles.
+            if constraint is not None and error.status == 400 and error.param is None:
+                raise bad(constraint.field, f"{constraint.field}: {error.message}") from None
+            raise
         seconds = self.limits.request_timeout_s
         self._timers[job] = asyncio.get_running_loop().call_later(seconds, job.stop, timed_out(seconds))
         return Started(job, form, prompts)
