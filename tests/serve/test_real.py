@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,22 @@ def test_tokens_are_the_librarys_whoever_else_asks(served: Served, fields: Any, 
     for question, answer in zip(QUESTIONS, answers, strict=True):
         assert answer["prompt_token_ids"] == prompt_of(question)
         assert answer["choices"][0]["token_ids"] == expected(question, 40, **options)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 6}, {"temperature": 1.2}, {"top_k": None}, {"logits_processors": ()}], ids=lambda change: next(iter(change))
+)  # fmt: skip
+def test_a_server_that_mistakes_a_field_is_caught(
+    served: Served, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """The comparison with the library must notice each of these."""
+    settings = served.service._settings
+    monkeypatch.setattr(served.service, "_settings", lambda *asked: replace(settings(*asked), **change))
+    fields = {"temperature": 0.9, "top_k": 5, "seed": 5, "repetition_penalty": 1.5}
+    own = [expected(question, 40, do_sample=True, **fields) for question in QUESTIONS[:3]]
+    assert [ask(served, question, **fields)["choices"][0]["token_ids"] for question in QUESTIONS[:3]] != own
+    monkeypatch.undo()
+    assert [ask(served, question, **fields)["choices"][0]["token_ids"] for question in QUESTIONS[:3]] == own
 
 
 def test_tokens_are_the_librarys_when_memory_runs_short(one_thread: None) -> None:
