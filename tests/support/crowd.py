@@ -30,14 +30,14 @@ def crowd_model(seed: int = 0) -> LlamaForCausalLM:
     """Weights large enough for texts that differ, and repeat themselves here and there."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=0,
         initializer_range=0.06,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
-BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, their size, float32
+BYTES_PER_TOKEN = 4 * 2 * 2 * 16 * 4  # layers, keys and values, heads, their size, float32
 
 
 def crowd(seed: int = 1, num_alone: int = 6, num_alike: int = 5, common: int = 40) -> list[list[int]]:
