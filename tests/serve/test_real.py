@@ -94,6 +94,8 @@ def test_tokens_are_the_librarys_when_memory_runs_short(one_thread: None) -> Non
     ):
         answers = list(pool.map(lambda question: ask(served, question, 120, temperature=0, ignore_eos=True), QUESTIONS))
         assert served.metric("vllm:num_preemptions_total") > 0
+        assert served.metric("vllm:request_queue_time_seconds_sum") > 0, "there are fewer rows than requests"
+        assert served.metric("vllm:kv_cache_usage_perc") == 0, "what is kept for later requests is not in use"
         for question, answer in zip(QUESTIONS, answers, strict=True):
             own = expected(question, 120, do_sample=False, eos_token_id=None)
             assert answer["choices"][0]["token_ids"] == own
