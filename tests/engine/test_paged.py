@@ -26,7 +26,7 @@ from specdec.paging.tables import BlockTables
 from specdec.tree import TokenTree
 
 CHAINS = ("bloom", "falcon-alibi", "mpt", "gpt_neo-local")
-REFUSED = ("mamba", "jamba", "lfm2", "qwen3_next", "rwkv", "recurrent_gemma")
+REFUSED = ("t5", "mamba", "jamba", "lfm2", "qwen3_next", "rwkv", "recurrent_gemma")
 OWN_ATTENTION = ("gptj", "codegen", "falcon-rotary")  # their code takes no other
 NAMES = [name for name in FAMILIES if name not in REFUSED]
 

@@ -189,14 +189,25 @@ def test_nobody_waits_for_ever() -> None:
 def test_a_long_prompt_does_not_hold_others_up() -> None:
     """Chunks of a prompt ride with the steps of rows that are further."""
     long_prompt = [i % 60 + 1 for i in range(900)]
-    with engine(Case(budget=64, num_blocks=200)) as made:
-        short = made.submit([5], RequestSettings(max_new_tokens=30, stop_token_ids=()))
-        next(iter(short))
-        long = made.submit(long_prompt, RequestSettings(max_new_tokens=4, stop_token_ids=()))
-        answer = short.result(30)
-        assert not long.done
-        assert answer.tokens == alone((5,), 0.0, 30)
-        assert long.result(60).tokens == alone(tuple(long_prompt), 0.0, 4)
+    with engine(Case("none", budget=64, num_blocks=200), max_nodes=0) as made:
+        scheduler, target = made._scheduler, made._target
+        short = made._job([5], RequestSettings(max_new_tokens=30, stop_token_ids=()), None)
+        scheduler.add(short)
+        scheduler.step()
+        long = made._job(list(long_prompt), RequestSettings(max_new_tokens=4, stop_token_ids=()), None)
+        scheduler.add(long)
+        known, num_steps = 0, 0
+        while not long.row.num_emitted:
+            emissions = scheduler.step().emissions
+            num_steps += 1
+            assert short in [job for job, _ in emissions]
+            assert target.num_kept(long.row) - known <= 64
+            known = target.num_kept(long.row)
+        assert num_steps == 15  # 899 tokens, 63 beside each step of the other
+        while scheduler.running:
+            scheduler.step()
+        assert short.row.tokens[1:] == alone((5,), 0.0, 30)
+        assert long.row.tokens[900:] == alone(tuple(long_prompt), 0.0, 4)
 
 
 def test_prompts_that_begin_alike_are_computed_once() -> None:
