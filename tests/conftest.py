@@ -27,6 +27,7 @@ SLOW = {
     "serving/test_drafts_on_shared_prefixes.py", "serving/test_engine_exactness.py", "serving/test_soak.py",
     "generation/test_caller_objects.py", "generation/test_endings.py",
     "project/test_notebooks.py",
+    "serve/test_load.py", "serve/test_real.py",
 }  # fmt: skip
 # ... and files of many cases, of which the first one of each test is not.
 SAMPLED = {

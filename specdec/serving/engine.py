@@ -39,7 +39,7 @@ class EngineMetrics:
 
     running: int = 0
     waiting: int = 0
-    kv_blocks_used: int = 0
+    kv_blocks_used: int = 0  # by requests; what is kept of ended ones is free for whoever needs it
     kv_blocks_total: int = 0
     kv_utilisation: float = 1.0  # tokens held / slots of the blocks that hold them
     prompt_tokens: int = 0
@@ -143,6 +143,13 @@ class Engine:
     def vocab_size(self) -> int:
         """Token ids are in [0, vocab_size)."""
         return self._target.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of one request, prompt included: the cache, or the model's positions if these are fewer."""
+        pool = self._scheduler.tables.pool
+        slots = pool.num_blocks * pool.block_size - 1
+        return slots if self.context_length is None else min(slots, self.context_length)
 
     def submit(
         self, prompt: str | Sequence[int], settings: RequestSettings | None = None, *, request_id: str | None = None
@@ -305,7 +312,7 @@ class Engine:
         return EngineMetrics(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._inbox),
-            kv_blocks_used=tables.pool.num_held,
+            kv_blocks_used=len(self._blocks_in_use()),
             kv_blocks_total=tables.pool.num_blocks,
             kv_utilisation=self._utilisation(),
             passes=self._target.num_passes,
@@ -314,10 +321,14 @@ class Engine:
             **self._counts,
         )
 
+    def _blocks_in_use(self) -> set[int]:
+        """Those of running rows."""
+        return {block for job in self._scheduler.running for block in self._scheduler.tables[job.row].blocks}
+
     def _utilisation(self) -> float:
         """Tokens that running rows hold / slots of their blocks, each block counted once."""
         tables, rows = self._scheduler.tables, [job.row for job in self._scheduler.running]
-        blocks = {block for row in rows for block in tables[row].blocks}
+        blocks = self._blocks_in_use()
         if not blocks:
             return 1.0
         size = tables.pool.block_size

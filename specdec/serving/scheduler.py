@@ -8,6 +8,7 @@ hangs on positions alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -162,6 +163,7 @@ class Scheduler:
         self.running.append(job)
         if not job.has_run:
             job.has_run = True
+            job.completion.queued_s = time.perf_counter() - job.submitted_at
             job.completion.num_cached = self.target.num_kept(job.row)
         for other in self.waiting:
             other.num_passed += other.row.key < job.row.key
