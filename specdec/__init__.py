@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdec.generation.batch import SpeculativeOutput
     from specdec.generation.wrapper import custom_generate, generate
+    from specdec.grammar.inputs import Grammar
     from specdec.hub.load import load_model, load_tokenizer
     from specdec.stats import Stats
     from specdec.tree import Draw, TokenTree
@@ -21,6 +22,7 @@ _HOMES = {
     "generate": "specdec.generation.wrapper",
     "custom_generate": "specdec.generation.wrapper",
     "SpeculativeOutput": "specdec.generation.batch",
+    "Grammar": "specdec.grammar.inputs",
     "Stats": "specdec.stats",
     "load_model": "specdec.hub.load",
     "load_tokenizer": "specdec.hub.load",
@@ -30,6 +32,7 @@ _HOMES = {
 
 __all__ = [
     "Draw",
+    "Grammar",
     "SpeculativeOutput",
     "Stats",
     "TokenTree",

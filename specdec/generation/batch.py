@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +17,23 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specdec.decode import Emission
 from specdec.distributions import NodeDistributions
 from specdec.generation.streaming import Stream
+from specdec.grammar.compiler import end_tokens
+from specdec.grammar.row import finish_reason
 from specdec.interfaces import Row
 from specdec.stats import Stats
 
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
-    """What ``generate()`` returns with ``return_dict_in_generate``, and the acceptance statistics."""
+    """What ``generate()`` returns with ``return_dict_in_generate``, the acceptance statistics, and why each row ended.
+
+    A finish reason is "stop" (a token or a criterion that ends a text), "length" (no more tokens were allowed), or
+    "incomplete" (a criterion ended the row inside what its grammar asks for). Under a grammar, "stop" alone says that
+    the text is whole.
+    """
 
     stats: Stats | None = None
+    finish_reasons: tuple[str, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -97,14 +106,32 @@ class Batch:
         num_new = self._num_new
         new = [(r.tokens[r.num_prompt :] + [self._pad] * (num_new - r.num_emitted))[:num_new] for r in self.rows]
         sequences = torch.cat([self.input_ids, torch.tensor(new, device=self.input_ids.device)], 1)
+        reasons = self._reasons()
         if not self.config.return_dict_in_generate:
+            self._warn(reasons)
             return sequences
         return SpeculativeOutput(
             sequences=sequences,
             scores=_by_step(self._scores, num_new) if self.config.output_scores else None,
             logits=_by_step(self._logits, num_new) if self.config.output_logits else None,
             stats=stats,
+            finish_reasons=reasons,
         )
+
+    def _reasons(self) -> tuple[str, ...]:
+        """(B,) why each row ended."""
+        ends = end_tokens(self.config._eos_token_tensor)
+        return tuple(finish_reason(row, ends) for row in self.rows)
+
+    def _warn(self, reasons: Sequence[str]) -> None:
+        """Tell a caller who did not ask for reasons."""
+        cut = [row.key for row, reason in zip(self.rows, reasons, strict=True) if row.grammar and reason != "stop"]
+        if cut:
+            warnings.warn(
+                f"the text of row {cut[0]} ended before its grammar was complete: allow more new tokens; with "
+                "return_dict_in_generate=True the output says of each row why it ended",
+                stacklevel=2,
+            )
 
 
 def _by_step(rows: Sequence[Sequence[Tensor]], num_new: int) -> tuple[Tensor, ...]:

@@ -31,12 +31,13 @@ ROOMS: dict[str, str] = {
     "engine": "core kernels",
     "cpu": "core engine",
     "cuda": "core engine kernels",
+    "grammar": "core",
     "verifiers": "core",
-    "drafters": "core records hub engine cpu",
+    "drafters": "core records hub engine cpu grammar",
     "runtime": "core records engine cpu cuda drafters verifiers kernels",
-    "generation": "core engine drafters verifiers runtime",
+    "generation": "core engine grammar drafters verifiers runtime",
     "tune": "core records engine drafters verifiers runtime",
-    "cli": "core records hub engine cpu cuda kernels drafters verifiers runtime generation tune analysis",
+    "cli": "core records hub engine cpu cuda kernels grammar drafters verifiers runtime generation tune analysis",
     "analysis": "core records",
 }
 # Files in specdec/ that put the rooms below together, and what is for everybody to import from the package itself.
