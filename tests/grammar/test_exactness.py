@@ -1,0 +1,121 @@
+"""Constrained output follows the target's distribution restricted to the grammar at every token: by enumeration.
+
+Tolerance 1e-12. The law is that of plain constrained decoding with a fresh state at every token; the states are those of
+a toy backend that is a list of words, and of llguidance on the same tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from enumeration import exact_joint, product, softmax_law, stepwise_joint, total_variation, whole_joint
+from exact_cases import SMALL, TOLERANCE, Case, greedy_law, is_exact
+from torch import Tensor
+from toy import PROMPT
+from toy_grammar import END, REGEXES, loop, masked_law, start, toy_drafter
+
+from specdec.distributions import ProcessorTransform
+from specdec.drafters.grammar import GrammarDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.grammar.masks import GrammarProcessor, GrammarTransform
+from specdec.interfaces import Drafter, Verifier
+from specdec.sampling import GREEDY, SamplingParams, sampling_probs
+from specdec.verifiers import VERIFIERS, make_verifier
+
+CASES = ("certain unbalanced", "independent chain", "without replacement unbalanced", "top plus one <2>")
+PAIRS = [(case, name) for case in CASES for name in VERIFIERS if is_exact(name, SMALL[case])]
+each_pair = pytest.mark.parametrize(
+    ("case", "verifier"), [(SMALL[case], name) for case, name in PAIRS], ids=[f"{case}-{name}" for case, name in PAIRS]
+)
+each_grammar = pytest.mark.parametrize(
+    ("pattern", "backend"), [*((pattern, "words") for pattern in REGEXES[:3]), (REGEXES[0], "llguidance")]
+)
+
+
+def guided(drafter: Drafter, verifier: Verifier, is_growing: bool = True) -> GrammarDrafter:
+    return GrammarDrafter(drafter, verifier.shares_target_noise, is_growing)
+
+
+@each_grammar
+@each_pair
+def test_the_joint_distribution_is_that_of_plain_constrained_decoding(
+    case: Case, verifier: str, pattern: str, backend: str
+) -> None:
+    """Guards masks at nodes, what is cut off trees and what is grown; drawn nodes, and all verifiers."""
+    begin, rule = partial(start(pattern, backend).fork), make_verifier(verifier)
+    runs = loop(guided(toy_drafter(case), rule), rule, begin)
+    expected = exact_joint(runs.target, PROMPT, 3, masked_law(begin, softmax_law), stop_token=END)
+    assert total_variation(stepwise_joint(runs, 3), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("verifier", ["match", "rejection"])
+@pytest.mark.parametrize("pattern", REGEXES)
+@pytest.mark.parametrize("drafter", ["none", "unmasked", "masked", "forced"])
+def test_it_is_so_for_whole_runs_whatever_the_drafter_knows_of_the_grammar(
+    drafter: str, pattern: str, verifier: str
+) -> None:
+    """Guards a state that lives over steps, in one row from its first token to its last."""
+    begin, rule = partial(start(pattern, "llguidance").fork), make_verifier(verifier)
+    drafters: dict[str, Drafter] = {
+        "none": NoDrafter(),
+        "unmasked": toy_drafter(SMALL["certain unbalanced"]),
+        "masked": guided(toy_drafter(SMALL["certain chain"]), rule, is_growing=False),
+        "forced": guided(NoDrafter(), rule),
+    }
+    runs = loop(drafters[drafter], rule, begin)
+    expected = exact_joint(runs.target, PROMPT, 4, masked_law(begin, softmax_law), stop_token=END)
+    assert total_variation(whole_joint(runs, 4), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("verifier", ["match", "rejection"])
+def test_it_is_so_in_a_batch(verifier: str) -> None:
+    begin, rule = partial(start(REGEXES[0], "llguidance").fork), make_verifier(verifier)
+    runs = loop(guided(toy_drafter(SMALL["independent chain"]), rule), rule, begin)
+    law = masked_law(begin, softmax_law)
+    one = [exact_joint(runs.target, prompt, 2, law, stop_token=END) for prompt in (PROMPT, (2, 0))]
+    joint = stepwise_joint(runs, 2, (PROMPT, (2, 0)))
+    assert total_variation(joint, product(*one)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, SamplingParams(0.7, top_k=2), SamplingParams(1.5, top_p=0.8, min_p=0.1)], ids=str
+)
+@pytest.mark.parametrize("pattern", REGEXES[::3])
+@pytest.mark.parametrize("verifier", ["match", "rejection", "block", "traversal"])
+def test_the_mask_comes_before_temperature_and_filters(verifier: str, pattern: str, params: SamplingParams) -> None:
+    """top-k of all tokens and then the mask would leave fewer than k, or none."""
+    begin, rule = partial(start(pattern).fork), make_verifier(verifier)
+    runs = loop(guided(toy_drafter(SMALL["independent chain"]), rule), rule, begin, transform=GrammarTransform(params))
+    then = greedy_law if params.is_greedy else lambda logits, _: sampling_probs(logits, params)
+    expected = exact_joint(runs.target, PROMPT, 3, masked_law(begin, then), stop_token=END)
+    assert total_variation(stepwise_joint(runs, 3), expected) <= TOLERANCE
+
+
+class FadingPenalty:
+    """Depends on the path and writes in place."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for age, token in enumerate(reversed(input_ids[0].tolist())):
+            scores[0, token] -= 2.0 * 0.7**age
+        return scores
+
+
+@pytest.mark.parametrize("verifier", ["match", "rejection", "traversal"])
+def test_it_is_so_among_other_processors(verifier: str) -> None:
+    begin, rule = partial(start(REGEXES[0]).fork), make_verifier(verifier)
+    penalty = FadingPenalty()
+    processors = [penalty, GrammarProcessor([begin()], (END,)), lambda _, scores: scores / 0.7]
+    transform = ProcessorTransform(processors, SamplingParams(0.7))
+    runs = loop(guided(toy_drafter(SMALL["certain unbalanced"]), rule), rule, begin, transform=transform)
+
+    def law(logits: Tensor, history: tuple[int, ...]) -> Tensor:
+        state = begin()
+        assert all(state.accept(token) for token in history[2:])
+        scores = penalty(torch.tensor([history]), logits[None].clone())[0]
+        return (scores.masked_fill(~state.allowed(), -torch.inf) / 0.7).softmax(-1)
+
+    assert (
+        total_variation(stepwise_joint(runs, 3), exact_joint(runs.target, PROMPT, 3, law, stop_token=END)) <= TOLERANCE
+    )
