@@ -12,9 +12,9 @@ from itertools import product
 
 import torch
 from enumeration import Law, Loop
+from exact_cases import Case
 from llguidance import LLTokenizer, TokenizerWrapper
 from torch import Tensor
-from exact_cases import Case
 from toy import CERTAIN, PROMPT, Tokens, ToyDrafter, ToyTarget, table
 
 from specdec.constraints import GrammarState
