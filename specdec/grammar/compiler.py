@@ -59,8 +59,7 @@ class GrammarCompiler:
         """
         if grammar not in self._compiled:
             state = self._backend(grammar.backend).compile(grammar)
-            if not bool(state.allowed().any()):
-                raise GrammarError("the grammar allows no text at all that this tokenizer can write")
+            _check_start(state)
             self._compiled[grammar] = state
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
@@ -71,6 +70,17 @@ class GrammarCompiler:
         if name not in self._backends:
             self._backends[name] = _backend_builders()[name](self.tokenizer, self.vocab_size, self.ends)
         return self._backends[name]
+
+
+def _check_start(state: GrammarState) -> None:
+    """Refuse a grammar that excludes every first token."""
+    reason = ""
+    try:
+        can_start = bool(state.allowed().any())
+    except GrammarError as error:
+        can_start, reason = False, f" ({error})"
+    if not can_start:
+        raise GrammarError(f"the grammar allows no text at all that this tokenizer can write{reason}")
 
 
 def end_tokens(eos: Any) -> tuple[int, ...]:

@@ -57,6 +57,28 @@ def check_schema(schema: Any, enforced: Enforced) -> None:
         waiting += _parts(place, part)
 
 
+# llguidance lets every year have a 29th of February.
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+_REAL_DATE = f"^(?:[0-9]{{4}}-(?:0[13-9]|1[0-2])|[0-9]{{4}}-02-(?:[01]|2[0-8])|{_LEAP_YEAR}-02-29)"
+
+
+def with_real_dates(schema: Any) -> Any:
+    """``schema``, which was checked, with a pattern beside each format that holds a date: only leap years have Feb 29."""
+    if not isinstance(schema, Mapping):
+        return schema
+    exact = dict(schema)
+    for key, value in schema.items():
+        if key in _NAMED:
+            exact[key] = {name: with_real_dates(part) for name, part in value.items()}
+        elif key in _MANY and isinstance(value, list):
+            exact[key] = [with_real_dates(part) for part in value]
+        elif key in _ONE:
+            exact[key] = with_real_dates(value)
+    if schema.get("format") in ("date", "date-time"):
+        exact["allOf"] = [*exact.get("allOf", ()), {"pattern": _REAL_DATE}]
+    return exact
+
+
 def _parts(place: str, schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The schemas inside ``schema``, each with its place."""
     for key, value in schema.items():

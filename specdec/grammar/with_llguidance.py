@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdec.errors import GrammarError
 from specdec.grammar.inputs import Grammar, Kind
-from specdec.grammar.schema import Enforced, check_schema
+from specdec.grammar.schema import Enforced, check_schema, with_real_dates
 
 ENFORCED = Enforced(
     "llguidance",
@@ -169,7 +169,8 @@ def _source(grammar: Grammar) -> str:
         options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": grammar.is_spaced}
         if not grammar.is_spaced:
             options |= {"item_separator": ", ", "key_separator": ": "}
-        source = LLMatcher.grammar_from_json_schema({} if schema is True else schema, overrides=options)
+        exact = {} if schema is True else with_real_dates(schema)
+        source = LLMatcher.grammar_from_json_schema(exact, overrides=options)
     return source
 
 
