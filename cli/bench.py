@@ -51,6 +51,12 @@ def bench(
             metavar="RATE,RATE,...|mean=X", help="Also what a drafter accepted like this would bring; no text."
         ),
     ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Let every answer match a JSON schema (FILE.json) or a Lark grammar (others)."
+        ),
+    ] = None,
     accelerate: options.Accelerate = True,
     cuda_graphs: options.CudaGraphs = False,
     dtype: options.Dtype = "auto",
@@ -101,6 +107,7 @@ def bench(
         trace_probs=trace_probs,
         config=config,
         synthetic_acceptance=synthetic_acceptance,
+        grammar=grammar,
     )
     _run(asked, output)
 

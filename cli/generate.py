@@ -70,6 +70,10 @@ def generate(
     ] = True,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the prompt.")] = None,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template if it has one.")] = True,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.GrammarFile = None,
+    choices: options.Choices = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print each step's tree with its accepted path.")] = False,
     live: Annotated[
         bool, typer.Option("--live", help="Show the tree of each step in place, as the text grows.")
@@ -82,6 +86,9 @@ def generate(
 
     On a terminal, tokens that were drafted and accepted are green (underlined where there is no colour) and the
     target's own are plain. A line on standard error sums up at the end. --explain and --live show how it came about.
+
+    --json-schema, --regex, --grammar and --choices let the model write nothing else. Status 1 if the text ended before
+    it was complete.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -92,6 +99,7 @@ def generate(
         raise ValueError("a system message needs the chat template: leave out --no-chat or --system")
     if explain and live:
         raise ValueError("--explain prints every step and --live redraws one: choose one of them")
+    form = options.read_grammar(json_schema, regex, grammar, choices)
     options.set_threads(threads)
     from specdec.cli.loading import check_prompt, load
     from specdec.cli.saved import sampling_options
@@ -120,6 +128,8 @@ def generate(
         "max_new_tokens": max_new_tokens,
         **sampling,
     }
+    if form is not None:
+        asked |= {"grammar": form, "return_dict_in_generate": True}
     view = partial(_view, loaded.tokenizer, explain=explain, live=live)
     _stream(loaded, ids, asked, view, drafter, is_saved=generation_config)
 
@@ -206,6 +216,7 @@ def _stream(
 
     stats = Stats()
     is_interrupted = False
+    is_whole = True
     view: View | None = None  # nothing is shown where nothing could be generated
     started = time.perf_counter()
     first_s = shown_s = 0.0
@@ -220,7 +231,7 @@ def _stream(
         shown_s += time.perf_counter() - showing
 
     try:
-        _generate(loaded, ids, asked, show, is_saved=is_saved)
+        is_whole = _generate(loaded, ids, asked, show, is_saved=is_saved)
     except KeyboardInterrupt:
         is_interrupted = True
     finally:
@@ -230,12 +241,15 @@ def _stream(
     print(_summary(asked["verifier"], drafter, len(ids), stats, seconds, first_s), file=sys.stderr)
     if is_interrupted:
         raise typer.Exit(130)
+    if not is_whole:
+        print("the text ended before it was complete: allow more with --max-new-tokens", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _generate(
     loaded: Loaded, ids: list[int], asked: dict[str, Any], show: Callable[[Emission], None], *, is_saved: bool
-) -> None:
-    """The library's own generate(), on the model as it was loaded.
+) -> bool:
+    """The library's own generate(), on the model as it was loaded; whether the text is all that its grammar asks for.
 
     Raises:
         UnsupportedOptionError: the saved generation config asks for another way of decoding.
@@ -251,7 +265,9 @@ def _generate(
     with generation_config(model, is_saved=is_saved), silent_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* was tuned for ")  # told already
         try:
-            specdec.generate(model, input_ids, attention_mask=torch.ones_like(input_ids), on_emission=show, **asked)
+            mask = torch.ones_like(input_ids)
+            output = specdec.generate(model, input_ids, attention_mask=mask, on_emission=show, **asked)
+            return "grammar" not in asked or output.finish_reasons == ("stop",)
         except UnsupportedOptionError as error:
             raise UnsupportedOptionError(
                 f"the model's saved generation config cannot be followed: {error}; or add --no-generation-config"

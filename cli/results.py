@@ -49,6 +49,7 @@ class BenchConfig:
     trace_probs: bool = False
     config: Path | None = None  # tuned settings, whose costs the budgets start from
     synthetic_acceptance: str | None = None
+    grammar: Path | None = None  # a JSON schema, or rules in Lark's notation, for every answer
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("max_nodes", 0)):
@@ -61,12 +62,15 @@ class BenchConfig:
         for text in self.drafters:
             parse_drafter(text)
         if self.synthetic_acceptance is not None:
+            if self.grammar is not None:
+                raise ValueError("a synthetic acceptance has no text that a grammar could be about: choose one of them")
             parse_acceptance(self.synthetic_acceptance)
 
     @property
     def drafter_specs(self) -> list[str]:
         """The drafters to measure, each once; plain decoding is always measured and is no drafter."""
         default = auto_drafter(bool(self.drafter_models))
+        default = default if self.grammar is None else f"grammar:base={default}"
         return [spec for spec in dict.fromkeys(self.drafters or (default,)) if parse_drafter(spec)[0] != "none"]
 
 

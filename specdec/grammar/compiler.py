@@ -54,8 +54,8 @@ class GrammarCompiler:
         """A state of an empty text, for one row.
 
         Raises:
-            GrammarError: the grammar is damaged, cannot be enforced, or allows no text in this vocabulary.
-            ModuleNotFoundError: its backend is not installed.
+            GrammarError: the grammar is damaged, cannot be enforced, or allows no text in this vocabulary; or its backend is
+            not installed.
         """
         if grammar not in self._compiled:
             state = self._backend(grammar.backend).compile(grammar)
@@ -112,4 +112,4 @@ def _check_installed(name: str, command: str) -> None:
     try:
         import_module(name)
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"grammars need {name}, which is not installed: {command}", name=name) from None
+        raise GrammarError(f"grammars need {name}, which is not installed: {command}") from None

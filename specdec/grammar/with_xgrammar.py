@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ from specdec.grammar.schema import Enforced, check_schema
 ENFORCED = Enforced(
     "xgrammar",
     frozenset(
-        "$ref type enum const anyOf properties additionalProperties required items prefixItems minItems maxItems "
-        "minLength maxLength".split()
+        "$ref type enum const anyOf properties additionalProperties required items prefixItems minItems maxItems".split()
     ),
     frozenset(),
 )
@@ -34,7 +33,8 @@ class XgrammarState:
     ends: tuple[int, ...]
     vocab_size: int
     encode: Any  # text -> token ids
-    _num_ended: int = field(default=0)
+    special: tuple[int, ...]  # tokens that are no text: xgrammar would write them into strings
+    num_ended: int = 0
 
     @property
     def is_complete(self) -> bool:
@@ -42,34 +42,35 @@ class XgrammarState:
 
     def allowed(self) -> Tensor:
         mask = torch.zeros(self.vocab_size, dtype=torch.bool)
-        if not self._num_ended:
+        if not self.num_ended:
             words = torch.full((1, -(-self.vocab_size // 32)), -1, dtype=torch.int32)
             self.matcher.fill_next_token_bitmask(words)
             bits = np.unpackbits(words.numpy().view(np.uint8), bitorder="little")[: self.vocab_size]
             mask = torch.from_numpy(bits.astype(bool))
+            mask[list(self.special)] = False
         mask[list(self.ends)] = self.is_complete
         return mask
 
     def accept(self, token: int) -> bool:
         if token in self.ends:
             is_end = self.is_complete
-            self._num_ended += is_end
+            self.num_ended += is_end
             return is_end
-        if self._num_ended or not 0 <= token < self.vocab_size:
+        if self.num_ended or token in self.special or not 0 <= token < self.vocab_size:
             return False
         return bool(self.matcher.accept_token(token))
 
     def rollback(self, num_tokens: int) -> None:
-        num_ends = min(num_tokens, self._num_ended)
-        self._num_ended -= num_ends
+        num_ends = min(num_tokens, self.num_ended)
+        self.num_ended -= num_ends
         if num_tokens > num_ends:
             self.matcher.rollback(num_tokens - num_ends)
 
     def fork(self) -> XgrammarState:
-        return XgrammarState(self.matcher.fork(), self.ends, self.vocab_size, self.encode, self._num_ended)
+        return replace(self, matcher=self.matcher.fork())
 
     def forced(self, limit: int) -> list[int]:
-        if self._num_ended:
+        if self.num_ended:
             return []
         text = self.matcher.find_jump_forward_string()
         found: list[int] = []
@@ -121,7 +122,9 @@ class XgrammarBackend:
         except RuntimeError as error:
             raise GrammarError(f"xgrammar cannot use this grammar: {_last_line(error)}") from None
         matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=False)
-        return XgrammarState(matcher, self.ends, self.vocab_size, self._encode)
+        known = self.tokenizer.added_tokens_decoder.items()
+        special = tuple(token for token, added in known if added.special and token < self.vocab_size)
+        return XgrammarState(matcher, self.ends, self.vocab_size, self._encode, special)
 
     def _compiled(self, grammar: Grammar) -> Any:
         if grammar.kind is Kind.REGEX:
