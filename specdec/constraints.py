@@ -36,6 +36,9 @@ class GrammarState(Protocol):
     def forced(self, limit: int) -> list[int]:
         """At most ``limit`` tokens that follow: certainly, or as the tokenizer writes the text that is certain."""
 
+    def options(self, most: int) -> list[int]:
+        """The ways in which the text can go on, each by its longest token; [] if there are more than ``most``."""
+
 
 class TextGrammar(Protocol):
     """The grammar of one row, wherever in its text or in a tree behind it one asks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 from specdec.constraints import TextGrammar
@@ -9,6 +10,7 @@ from specdec.interfaces import Limit
 from specdec.tree import TokenTree, best_part
 
 SURE = 0.98  # that the target takes a forced token: it may write the same text with others
+MAX_OPTIONS = 4  # ways to go on that are worth a node each
 
 
 def pruned(tree: TokenTree, grammar: TextGrammar, tokens: Sequence[int], *, drops_drawn: bool) -> TokenTree:
@@ -55,21 +57,29 @@ def _part(tree: TokenTree, place: dict[int, int]) -> TokenTree:
 
 
 def grown(tree: TokenTree, grammar: TextGrammar, tokens: Sequence[int], limit: Limit) -> TokenTree:
-    """``tree`` and, behind each of its nodes, the tokens that the grammar forces there, within ``limit``.
+    """``tree`` and, behind its nodes, the tokens that the grammar forces there, or the few that it leaves to choose from.
 
-    The most promising nodes stay, but drawn trees are kept whole and forced tokens get the room that is left.
+    The most promising nodes stay within ``limit``, but drawn trees are kept whole: what is new gets the room they leave.
     """
-    grow = _Growth(tree, limit)
-    for node, depth in enumerate(tree.depths()):
-        state = grammar.find(tokens, tree.path_tokens(node))
-        if state is not None:
-            grow.chain(node, state.forced(min(limit.depth - depth, limit.nodes)))
-    whole = grow.tree()
+    growth = _Growth(tree, limit)
+    while (node := growth.next()) is not None:
+        path = growth.path(node)
+        state = grammar.find(tokens, path)
+        if state is None or len(path) >= limit.depth:
+            continue
+        forced = state.forced(limit.depth - len(path))
+        if forced:
+            growth.hang(node, forced, SURE)
+        elif growth.is_bare(node) and not limit.chain_only:
+            options = state.options(MAX_OPTIONS)
+            for option in options:
+                growth.hang(node, [option], SURE / len(options))
+    whole = growth.tree()
     return best_part(whole, whole.estimates or (1.0,) * len(whole), limit.nodes) if whole.is_certain else whole
 
 
 class _Growth:
-    """A tree in the making."""
+    """A tree in the making, whose most promising nodes are looked at first."""
 
     def __init__(self, tree: TokenTree, limit: Limit) -> None:
         self.before, self.limit = tree, limit
@@ -78,25 +88,50 @@ class _Growth:
         self.places: dict[tuple[int, int], int] = {}
         for node in range(1, len(tree)):
             self.places.setdefault((tree.parents[node], tree.tokens[node]), node)
+        self._waiting = [(-estimate, node) for node, estimate in enumerate(self.estimates)]
+        heapq.heapify(self._waiting)
+        self._seen: set[int] = set()
 
-    def chain(self, node: int, forced: Sequence[int]) -> None:
-        """Hang ``forced`` below ``node``; nodes that are there already are used."""
-        for token in forced:
+    def next(self) -> int | None:
+        """A node to look behind; None: there is no more room."""
+        while self._waiting and self._has_room:
+            node = heapq.heappop(self._waiting)[1]
+            if node not in self._seen:
+                self._seen.add(node)
+                return node
+        return None
+
+    @property
+    def _has_room(self) -> bool:
+        num_kept = 0 if self.before.is_certain else len(self.before) - 1  # others may give way to better ones
+        return len(self.tokens) - len(self.before) < self.limit.nodes - num_kept
+
+    def path(self, node: int) -> list[int]:
+        """The tokens from the root, without its own, to ``node``."""
+        tokens = []
+        while node:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tokens[::-1]
+
+    def is_bare(self, node: int) -> bool:
+        """Whether nothing hangs below ``node``."""
+        return node not in self.parents
+
+    def hang(self, node: int, tokens: Sequence[int], sure: float) -> None:
+        """A chain of ``tokens`` below ``node``, each as likely as ``sure`` behind the one before; known nodes are used."""
+        for token in tokens:
             place = (node, token)
             if place not in self.places:
-                if not self._has_room(node):
+                if not self._has_room or (self.limit.chain_only and not self.is_bare(node)):
                     return
                 self.places[place] = len(self.tokens)
                 self.tokens.append(token)
                 self.parents.append(node)
                 self.estimates.append(0.0)
             above, node = self.estimates[node], self.places[place]
-            self.estimates[node] = max(self.estimates[node], above * SURE)
-
-    def _has_room(self, node: int) -> bool:
-        if self.limit.chain_only and node in self.parents:
-            return False
-        return self.before.is_certain or len(self.tokens) <= self.limit.nodes
+            self.estimates[node] = max(self.estimates[node], above * sure)
+        heapq.heappush(self._waiting, (-self.estimates[node], node))
 
     def tree(self) -> TokenTree:
         num_new = len(self.tokens) - len(self.before)

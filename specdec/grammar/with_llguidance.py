@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specdec.errors import GrammarError
 from specdec.grammar.inputs import Grammar, Kind
+from specdec.grammar.options import longest
 from specdec.grammar.schema import Enforced, check_schema, with_real_dates
 
 ENFORCED = Enforced(
@@ -37,8 +38,12 @@ class LlguidanceState:
 
     matcher: Any
     ends: tuple[int, ...]
-    vocab_size: int
-    _num_ended: int = field(default=0)
+    tokenizer: Any  # llguidance's own
+    _num_ended: int = 0
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.vocab_size)
 
     @property
     def is_complete(self) -> bool:
@@ -75,7 +80,7 @@ class LlguidanceState:
             self._check()
 
     def fork(self) -> LlguidanceState:
-        return LlguidanceState(self.matcher.deep_copy(), self.ends, self.vocab_size, self._num_ended)
+        return LlguidanceState(self.matcher.deep_copy(), self.ends, self.tokenizer, self._num_ended)
 
     def forced(self, limit: int) -> list[int]:
         found: list[int] = []
@@ -87,6 +92,11 @@ class LlguidanceState:
             found.append(waiting.pop(0))
         self.rollback(len(found))
         return found
+
+    def options(self, most: int) -> list[int]:
+        return (
+            [] if self._num_ended else longest(self.allowed(), most, lambda token: self.tokenizer.decode_bytes([token]))
+        )
 
     def _forced_step(self) -> list[int]:
         """Tokens that follow for certain; [] if there is a choice."""
@@ -146,7 +156,7 @@ class LlguidanceBackend:
         matcher = LLMatcher(self.tokenizer, _source(grammar), log_level=0)
         if matcher.is_error():
             raise GrammarError(f"the {_NAMES[grammar.kind]} cannot be used: {first_lines(matcher.get_error())}")
-        return LlguidanceState(matcher, self.ends, self.tokenizer.vocab_size)
+        return LlguidanceState(matcher, self.ends, self.tokenizer)
 
 
 _NAMES = {Kind.JSON_SCHEMA: "JSON schema", Kind.REGEX: "regular expression", Kind.LARK: "Lark grammar"}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.errors import GrammarError
 from specdec.grammar.inputs import Grammar, Kind
+from specdec.grammar.options import longest
 from specdec.grammar.schema import Enforced, check_schema
 
 # Of what it reads, only what it was seen to enforce (tests/grammar): other keywords it passes over.
@@ -32,7 +33,7 @@ class XgrammarState:
     matcher: Any
     ends: tuple[int, ...]
     vocab_size: int
-    encode: Any  # text -> token ids
+    tokenizer: Any
     special: tuple[int, ...]  # tokens that are no text: xgrammar would write them into strings
     num_ended: int = 0
 
@@ -74,7 +75,7 @@ class XgrammarState:
             return []
         text = self.matcher.find_jump_forward_string()
         found: list[int] = []
-        for token in self.encode(text)[:limit] if text else []:
+        for token in self.tokenizer.encode(text, add_special_tokens=False)[:limit] if text else []:
             if not self.accept(token):
                 break
             found.append(token)
@@ -83,6 +84,9 @@ class XgrammarState:
             found += only if len(only) == 1 and self.accept(only[0]) else []
         self.rollback(len(found))
         return found
+
+    def options(self, most: int) -> list[int]:
+        return [] if self.num_ended else longest(self.allowed(), most, self.tokenizer.convert_ids_to_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ class XgrammarBackend:
         matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=False)
         known = self.tokenizer.added_tokens_decoder.items()
         special = tuple(token for token, added in known if added.special and token < self.vocab_size)
-        return XgrammarState(matcher, self.ends, self.vocab_size, self._encode, special)
+        return XgrammarState(matcher, self.ends, self.vocab_size, self.tokenizer, special)
 
     def _compiled(self, grammar: Grammar) -> Any:
         if grammar.kind is Kind.REGEX:
@@ -140,9 +144,6 @@ class XgrammarBackend:
             layout["separators"] = (", ", ": ")
         text = "{}" if schema is True else grammar.text
         return self.compiler.compile_json_schema(text, strict_mode=False, **layout)
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 def _last_line(error: Exception) -> str:

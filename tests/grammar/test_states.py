@@ -19,6 +19,7 @@ from specdec.errors import GrammarError
 from specdec.grammar import row as row_module
 from specdec.grammar import trees as trees_module
 from specdec.grammar.inputs import Grammar
+from specdec.grammar.options import longest
 from specdec.grammar.row import RowGrammar
 from specdec.grammar.trees import grown, pruned
 from specdec.interfaces import Limit
@@ -186,6 +187,9 @@ class Wrong:
     def forced(self, limit: int) -> list[int]:
         return list(self.state.forced(limit))
 
+    def options(self, most: int) -> list[int]:
+        return list(self.state.options(most))
+
 
 @pytest.mark.parametrize(
     ("grammar", "wrong"),
@@ -231,6 +235,28 @@ def test_forced_tokens_are_grown_behind_every_node_within_the_limit() -> None:
     assert all(tree.estimates[node] <= tree.estimates[tree.parents[node]] for node in range(1, len(tree)))
     chain = grown(guess, grammar, tokens, Limit(30, 30, chain_only=True))
     assert all(chain.parents.count(node) <= 1 for node in range(1, len(chain)))
+
+
+def test_where_little_is_left_to_choose_every_choice_is_grown() -> None:
+    """A boolean costs no pass of its own."""
+    schema = {"type": "object", "properties": {"is_ok": {"type": "boolean"}, "n": {"type": "null"}}}
+    start = compiler().start(Grammar.json_schema({**schema, "required": ["is_ok", "n"], "additionalProperties": False}))
+    tree = grown(TokenTree.root(PROMPT[-1]), RowGrammar(start.fork(), len(PROMPT)), PROMPT, Limit(60, 60))
+    texts = {compiler().tokenizer.decode(tree.path_tokens(node)) for node in range(1, len(tree))}
+    for answer in ("true", "false"):
+        assert f'{{"is_ok": {answer}, "n": null}}<eos>' in texts
+    assert all(tree.estimates[node] <= tree.estimates[tree.parents[node]] for node in range(1, len(tree)))
+    small = grown(TokenTree.root(PROMPT[-1]), RowGrammar(start.fork(), len(PROMPT)), PROMPT, Limit(60, 12))
+    assert len(small) == 13
+
+
+def test_options_are_the_longest_tokens() -> None:
+    """A boolean has two, whatever tokens its first letters are."""
+    texts = [b"t", b"true", b"tr", b"f", b"false", b"x"]
+    mask = torch.tensor([True] * 5 + [False])
+    assert longest(mask, 4, lambda token: texts[token]) == [1, 4]
+    assert longest(mask, 1, lambda token: texts[token]) == []
+    assert longest(torch.ones(100, dtype=torch.bool), 4, lambda token: texts[token]) == []
 
 
 def test_a_forked_state_goes_its_own_way() -> None:

@@ -110,6 +110,10 @@ class WordsState:
         self.rollback(len(found))
         return found
 
+    def options(self, most: int) -> list[int]:
+        tokens = self.allowed().nonzero().flatten().tolist()
+        return tokens if len(tokens) <= most and END not in self.history else []
+
 
 def start(pattern: str, backend: str = "words") -> GrammarState:
     if backend == "words":
