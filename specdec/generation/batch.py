@@ -49,6 +49,7 @@ class Batch:
     padding_tokens: dict[int, list[int]] = field(init=False)
     _num_streamed: int = 0
     _finished: set[int] = field(default_factory=set)
+    _reasons: dict[int, str] = field(default_factory=dict)  # by row; told when it ends, because padding may follow
     _logits: list[list[Tensor]] = field(init=False)  # for each row and new token (V,)
     _scores: list[list[Tensor]] = field(init=False)
 
@@ -74,6 +75,7 @@ class Batch:
         row, nodes = emission.row.key, emission.step.nodes
         if emission.step.finished:
             self._finished.add(row)
+            self._reasons[row] = finish_reason(emission.row, end_tokens(self.config._eos_token_tensor))
         if self.config.return_dict_in_generate and self.config.output_logits:
             self._logits[row] += [self._kept(emission.scores.logits[node]) for node in nodes]
         if self.config.return_dict_in_generate and self.config.output_scores:
@@ -106,7 +108,7 @@ class Batch:
         num_new = self._num_new
         new = [(r.tokens[r.num_prompt :] + [self._pad] * (num_new - r.num_emitted))[:num_new] for r in self.rows]
         sequences = torch.cat([self.input_ids, torch.tensor(new, device=self.input_ids.device)], 1)
-        reasons = self._reasons()
+        reasons = tuple(self._reasons[row.key] for row in self.rows)
         if not self.config.return_dict_in_generate:
             self._warn(reasons)
             return sequences
@@ -117,11 +119,6 @@ class Batch:
             stats=stats,
             finish_reasons=reasons,
         )
-
-    def _reasons(self) -> tuple[str, ...]:
-        """(B,) why each row ended."""
-        ends = end_tokens(self.config._eos_token_tensor)
-        return tuple(finish_reason(row, ends) for row in self.rows)
 
     def _warn(self, reasons: Sequence[str]) -> None:
         """Tell a caller who did not ask for reasons."""

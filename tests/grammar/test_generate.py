@@ -219,6 +219,17 @@ def test_a_text_that_was_cut_is_said_to_be(model: Any) -> None:
     assert free.finish_reasons == ("length",)
 
 
+def test_reasons_are_told_of_the_end_and_not_of_the_padding_behind_it(model: Any) -> None:
+    """Rows that wait for each other are padded in place."""
+    grammars = [Grammar.choices(["a"]), Grammar.regex("[0-9]{30}"), Grammar.regex("[0-9]{90}"), None]
+    options: dict[str, Any] = {**inputs(4), "max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
+    for processors in ([], [Never()]):
+        out = specdec.generate(
+            model, grammar=grammars, tokenizer=TOKENIZER, pad_token_id=0, logits_processor=processors, **options
+        )
+        assert out.finish_reasons[:3] == ("stop", "stop", "length")
+
+
 def test_digits_that_the_limit_cut_are_not_called_whole(model: Any) -> None:
     """The grammar would let the text end there, but the model did not end it."""
     out = ours(
