@@ -10,7 +10,7 @@ from specdec.interfaces import Limit
 from specdec.tree import TokenTree, best_part
 
 SURE = 0.98  # that the target takes a forced token: it may write the same text with others
-MAX_OPTIONS = 4  # ways to go on that are worth a node each
+MAX_OPTIONS = 6  # ways to go on that are worth a node each
 
 
 def pruned(tree: TokenTree, grammar: TextGrammar, tokens: Sequence[int], *, drops_drawn: bool) -> TokenTree:
