@@ -6,21 +6,26 @@ a toy backend that is a list of words, and of llguidance on the same tokens.
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from enumeration import exact_joint, product, softmax_law, stepwise_joint, total_variation, whole_joint
+from exact_cases import CASES as ALL_CASES
 from exact_cases import SMALL, TOLERANCE, Case, greedy_law, is_exact
 from torch import Tensor
 from toy import PROMPT
-from toy_grammar import END, REGEXES, loop, masked_law, start, toy_drafter
+from toy_grammar import END, REGEXES, TEXTS, loop, masked_law, start, toy_drafter
 
 from specdec.distributions import ProcessorTransform
 from specdec.drafters.grammar import GrammarDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.grammar.masks import GrammarProcessor, GrammarTransform
-from specdec.interfaces import Drafter, Verifier
+from specdec.grammar.row import RowGrammar
+from specdec.interfaces import Drafter, Row, Verifier
+from specdec.rng import PhiloxRng
 from specdec.sampling import GREEDY, SamplingParams, sampling_probs
 from specdec.verifiers import VERIFIERS, make_verifier
 
@@ -119,3 +124,36 @@ def test_it_is_so_among_other_processors(verifier: str) -> None:
     assert (
         total_variation(stepwise_joint(runs, 3), exact_joint(runs.target, PROMPT, 3, law, stop_token=END)) <= TOLERANCE
     )
+
+
+@pytest.mark.parametrize("verifier", ["rejection", "traversal"])
+@pytest.mark.parametrize(
+    ("case", "max_nodes", "num_tokens"), [("independent unbalanced", 4, 4), ("independent <2>", 3, 3)]
+)
+def test_it_is_so_where_drawn_nodes_decide_how_much_room_forced_ones_get(
+    case: str, max_nodes: int, num_tokens: int, verifier: str
+) -> None:
+    """One forced node fits, below the elder child or the younger one, as their draws decide."""
+    begin, rule = partial(start(REGEXES[0]).fork), make_verifier(verifier)
+    runs = replace(loop(guided(toy_drafter((ALL_CASES | SMALL)[case]), rule), rule, begin), max_nodes=max_nodes)
+    expected = exact_joint(runs.target, PROMPT, num_tokens, masked_law(begin, softmax_law), stop_token=END)
+    assert total_variation(stepwise_joint(runs, num_tokens), expected) <= TOLERANCE
+
+
+def test_a_grammar_may_be_attached_between_two_steps_of_a_row() -> None:
+    """An engine that serves many requests gives each row its own, when it joins or later."""
+    rule = make_verifier("match")
+    runs = loop(guided(toy_drafter(SMALL["certain unbalanced"]), rule), rule, lambda: start("ab(a|b)?"))
+    decoder = runs.decoder(PhiloxRng(3))
+    free, bound = Row(0, list(PROMPT), 12), Row(1, list(PROMPT), 12)
+    runs.target.open([free, bound])
+    decoder.drafter.begin([free, bound])
+    free.grammar = bound.grammar = None
+    decoder.step([free, bound])
+    num_before = len(bound.tokens)
+    bound.grammar = RowGrammar(start("ab(a|b)?"), num_before)
+    while bound.tokens[-1] != END or len(bound.tokens) == num_before:
+        decoder.step([bound])
+    text = "".join(TEXTS[token] for token in bound.tokens[num_before:])
+    assert re.fullmatch("ab(a|b)?", text)
+    assert bound.tokens[-1] == END
