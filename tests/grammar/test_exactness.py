@@ -10,11 +10,14 @@ import re
 from dataclasses import replace
 from functools import partial
 
+import growing
 import pytest
 import torch
 from enumeration import exact_joint, product, softmax_law, stepwise_joint, total_variation, whole_joint
 from exact_cases import CASES as ALL_CASES
 from exact_cases import SMALL, TOLERANCE, Case, greedy_law, is_exact
+from growing import SHAPES, GrowingDrafter
+from mutants import mutated
 from torch import Tensor
 from toy import PROMPT
 from toy_grammar import END, REGEXES, TEXTS, loop, masked_law, start, toy_drafter
@@ -22,9 +25,12 @@ from toy_grammar import END, REGEXES, TEXTS, loop, masked_law, start, toy_drafte
 from specdec.distributions import ProcessorTransform
 from specdec.drafters.grammar import GrammarDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.trees import growth
+from specdec.drafters.trees.growth import ChildSampling
 from specdec.grammar.masks import GrammarProcessor, GrammarTransform
 from specdec.grammar.row import RowGrammar
-from specdec.interfaces import Drafter, Row, Verifier
+from specdec.grammar.trees import pruned
+from specdec.interfaces import Drafter, Limit, Row, Verifier
 from specdec.rng import PhiloxRng
 from specdec.sampling import GREEDY, SamplingParams, sampling_probs
 from specdec.verifiers import VERIFIERS, make_verifier
@@ -138,6 +144,45 @@ def test_it_is_so_where_drawn_nodes_decide_how_much_room_forced_ones_get(
     runs = replace(loop(guided(toy_drafter((ALL_CASES | SMALL)[case]), rule), rule, begin), max_nodes=max_nodes)
     expected = exact_joint(runs.target, PROMPT, num_tokens, masked_law(begin, softmax_law), stop_token=END)
     assert total_variation(stepwise_joint(runs, num_tokens), expected) <= TOLERANCE
+
+
+GROWN = [
+    (children, shape, name)
+    for children, shape in (("independent", "chain"), ("independent", "2x1"), ("without_replacement", "2x1"),
+                            ("top_plus_one", "2x1"), ("certain", "best-first"), ("without_replacement", "unsure chain"))
+    for name in ("match", "rejection", "traversal")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_guided", [False, True])
+@pytest.mark.parametrize(("children", "shape", "verifier"), GROWN)
+def test_it_is_so_where_a_draft_model_is_masked(children: str, shape: str, verifier: str, is_guided: bool) -> None:
+    """Guards draft distributions that are declared without the mask that they were drawn under."""
+    begin, rule = partial(start(REGEXES[0]).fork), make_verifier(verifier)
+    drafter: Drafter = GrowingDrafter(ChildSampling(children), SHAPES[shape], vocab=4)
+    runs = loop(guided(drafter, rule) if is_guided else drafter, rule, begin)
+    expected = exact_joint(runs.target, PROMPT, 3, masked_law(begin, softmax_law), stop_token=END)
+    assert total_variation(stepwise_joint(runs, 3), expected) <= TOLERANCE
+
+
+def test_that_finds_a_distribution_declared_without_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = mutated(growth, "self.draft_probs.append(probs)", "self.draft_probs.append(probs.clamp(min=0.2))")
+    monkeypatch.setattr(growing, "TreeBuilder", wrong.TreeBuilder)
+    begin, rule = partial(start(REGEXES[0]).fork), make_verifier("rejection")
+    runs = loop(GrowingDrafter(ChildSampling.INDEPENDENT, SHAPES["chain"], vocab=4), rule, begin)
+    expected = exact_joint(runs.target, PROMPT, 3, masked_law(begin, softmax_law), stop_token=END)
+    assert total_variation(stepwise_joint(runs, 3), expected) > 1e-3
+
+
+def test_a_masked_draft_model_is_excluded_nowhere() -> None:
+    begin = partial(start(REGEXES[0]).fork)
+    runs = loop(GrowingDrafter(ChildSampling.CERTAIN, SHAPES["3x2"], vocab=4), make_verifier("match"), begin)
+    row = Row(0, list(PROMPT), 12)
+    runs.target.open([row])
+    (tree,) = runs.drafter.propose([row], [Limit(4, 12)], SamplingParams(), PhiloxRng(0))
+    assert len(tree) > 3
+    assert row.grammar is not None
+    assert pruned(tree, row.grammar, row.tokens, drops_drawn=True) is tree
 
 
 def test_a_grammar_may_be_attached_between_two_steps_of_a_row() -> None:
