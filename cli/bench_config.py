@@ -47,6 +47,12 @@ class BenchConfig(options.Speculation, options.Engine):
             metavar="RATE,RATE,...|mean=X", help="Also what a drafter accepted like this would bring; no text."
         ),
     ] = None
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Let every answer match a JSON schema (FILE.json) or a Lark grammar (others)."
+        ),
+    ] = None
     trace: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write every step here.")] = None
     trace_probs: Annotated[
         bool, typer.Option("--trace-probs", help="With --trace: probabilities and entropies of every step too.")
@@ -70,6 +76,8 @@ class BenchConfig(options.Speculation, options.Engine):
         for text in self.drafters or ():
             parse_drafter(text)
         if self.synthetic_acceptance is not None:
+            if self.grammar is not None:
+                raise ValueError("a synthetic acceptance has no text that a grammar could be about: choose one of them")
             parse_acceptance(self.synthetic_acceptance)
 
     @property
@@ -77,5 +85,10 @@ class BenchConfig(options.Speculation, options.Engine):
         """The drafters to measure, each once; plain decoding is always measured and is no drafter."""
         from specdec.drafters import parse_drafter, resolved_drafter
 
-        specs = [resolved_drafter(spec, bool(self.drafter_models)) for spec in self.drafters or ("auto",)]
+        def named(spec: str) -> str:
+            resolved = resolved_drafter(spec, bool(self.drafter_models))
+            is_guided = spec == "auto" and self.grammar is not None
+            return f"grammar:base={resolved}" if is_guided else resolved
+
+        specs = map(named, self.drafters or ("auto",))
         return [spec for spec in dict.fromkeys(specs) if parse_drafter(spec)[0] != "none"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.cli import options
+from specdec.cli.constraint import Constraint
 from specdec.cli.groups import grouped
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.settings import DEFAULTS
@@ -92,6 +93,7 @@ def generate(
     *,
     speculation: options.Speculation,
     sampling: Sampling,
+    constraint: Constraint,
     shown: Prompt,
     engine: options.Engine,
 ) -> None:
@@ -102,10 +104,14 @@ def generate(
 
     On a terminal, tokens that were drafted and accepted are green (underlined where there is no colour) and the
     target's own are plain. A line on standard error sums up at the end. --explain and --live show how it came about.
+
+    --json-schema, --regex, --grammar and --choices let the model write nothing else. Status 1 if the text ended before
+    it was complete.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ValueError("the prompt is empty; write some text")
+    grammar = constraint.read()
     options.set_threads(engine.threads)
     from specdec.cli.loading import check_prompt, load
     from specdec.cli.saved import sampling_options
@@ -137,6 +143,8 @@ def generate(
             sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, is_saved=sampling.generation_config
         ),
     }
+    if grammar is not None:
+        arguments |= {"grammar": grammar, "return_dict_in_generate": True}
     streamed = stream(
         partial(_generate, loaded, ids, arguments, is_saved=sampling.generation_config),
         partial(make_view, loaded.tokenizer, explain=shown.explain, live=shown.live),
@@ -145,6 +153,9 @@ def generate(
     print(streamed.summary(verifier, drafter_name, len(ids)), file=sys.stderr)
     if streamed.is_interrupted:
         raise typer.Exit(130)
+    if not streamed.is_whole:
+        print("the text ended before it was complete: allow more with --max-new-tokens", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _check(drafter: str, speculation: options.Speculation) -> None:
@@ -185,8 +196,8 @@ def _render(tokenizer: Any, text: str, system: str | None, chat: bool) -> list[i
 
 def _generate(
     loaded: Loaded, ids: list[int], arguments: dict[str, Any], show: Callable[[Emission], None], *, is_saved: bool
-) -> None:
-    """The library's own generate(), on the model as it was loaded.
+) -> bool:
+    """The library's own generate(), on the model as it was loaded; whether the text is all that its grammar asks for.
 
     Raises:
         UnsupportedOptionError: the saved generation config asks for another way of decoding.
@@ -202,7 +213,9 @@ def _generate(
     with generation_config(model, is_saved=is_saved), silent_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* was tuned for ")  # told already
         try:
-            specdec.generate(model, input_ids, attention_mask=torch.ones_like(input_ids), on_emission=show, **arguments)
+            mask = torch.ones_like(input_ids)
+            output = specdec.generate(model, input_ids, attention_mask=mask, on_emission=show, **arguments)
+            return "grammar" not in arguments or output.finish_reasons == ("stop",)
         except UnsupportedOptionError as error:
             raise UnsupportedOptionError(
                 f"the model's saved generation config cannot be followed: {error}; or add --no-generation-config"

@@ -58,6 +58,7 @@ class Streamed:
     seconds: float = 0.0
     first_s: float = 0.0  # until the first text
     is_interrupted: bool = False
+    is_whole: bool = True  # whether it is all that was asked for
 
     def summary(self, verifier: Verifier, drafter: str, num_prompt: int) -> str:
         lossy = "" if verifier.lossless else " (lossy)"
@@ -69,8 +70,8 @@ class Streamed:
         )
 
 
-def stream(run: Callable[[Callable[[Emission], None]], None], view: Callable[[], View]) -> Streamed:
-    """Let ``run`` generate, which reports each step to what it is given, and show its text as it comes.
+def stream(run: Callable[[Callable[[Emission], None]], bool], view: Callable[[], View]) -> Streamed:
+    """Let ``run`` generate, which reports each step to what it is given and returns whether the text is whole, and show its text.
 
     ``view`` is made at the first step: nothing is shown where nothing could be generated. Ctrl-C ends the text early.
     """
@@ -88,7 +89,7 @@ def stream(run: Callable[[Callable[[Emission], None]], None], view: Callable[[],
         shown_s += time.perf_counter() - showing
 
     try:
-        run(show)
+        streamed.is_whole = run(show)
     except KeyboardInterrupt:
         streamed.is_interrupted = True
     finally:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdec.generation.batch import SpeculativeOutput
     from specdec.generation.wrapper import custom_generate, generate
+    from specdec.grammar.inputs import Grammar
     from specdec.hub.load import load_model, load_tokenizer
     from specdec.serving.engine import Engine
     from specdec.serving.request import RequestSettings
@@ -25,6 +26,7 @@ _HOMES = {
     "SpeculativeOutput": "specdec.generation.batch",
     "Engine": "specdec.serving.engine",
     "RequestSettings": "specdec.serving.request",
+    "Grammar": "specdec.grammar.inputs",
     "Stats": "specdec.stats",
     "load_model": "specdec.hub.load",
     "load_tokenizer": "specdec.hub.load",
@@ -35,6 +37,7 @@ _HOMES = {
 __all__ = [
     "Draw",
     "Engine",
+    "Grammar",
     "RequestSettings",
     "SpeculativeOutput",
     "Stats",
