@@ -38,9 +38,9 @@ from specdec.cli.synthetic import SYNTHETIC, synthetic_pair
 from specdec.constraints import GrammarState
 from specdec.distributions import WarperTransform
 from specdec.drafters import parse_drafter
+from specdec.drafters.grammar import guided
 from specdec.drafters.model import check_vocabulary
 from specdec.engine.causal_lm import CausalLM
-from specdec.generation.constrained import guided
 from specdec.grammar.compiler import GrammarCompiler
 from specdec.grammar.inputs import Grammar
 from specdec.grammar.masks import GrammarTransform

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from specdec.constraints import TextGrammar
 from specdec.drafters import make_drafter
 from specdec.drafters.none import NoDrafter
+from specdec.errors import GrammarError
 from specdec.grammar.trees import grown, pruned
-from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
+from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict, Verifier
 from specdec.rng import Rng
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
@@ -71,15 +73,33 @@ class GrammarDrafter(Drafter):
     def _left(self, row: Row, limit: Limit) -> Limit:
         """What the base may draft: nothing where all is forced, if it would cost time or must not be cut."""
         is_dear = self.base.drafts_by_level or self.base.is_drawing
-        if not (self.is_growing and is_dear) or row.grammar is None or not row.grammar.at(row.tokens).forced(1):
+        if not (self.is_growing and is_dear) or row.grammar is None or not _is_forced(row.grammar, row.tokens):
             return limit
         return replace(limit, depth=0, nodes=0)
 
     def _fitted(self, row: Row, tree: TokenTree, limit: Limit, drops_drawn: bool) -> TokenTree:
         if row.grammar is None:
             return tree
-        tree = pruned(tree, row.grammar, row.tokens, drops_drawn=drops_drawn)
-        return grown(tree, row.grammar, row.tokens, limit) if self.is_growing else tree
+        try:
+            fitted = pruned(tree, row.grammar, row.tokens, drops_drawn=drops_drawn)
+            return grown(fitted, row.grammar, row.tokens, limit) if self.is_growing else fitted
+        except GrammarError:  # the mask decides what the text may be, and says so if the grammar cannot go on
+            return tree
+
+
+def _is_forced(grammar: TextGrammar, tokens: Sequence[int]) -> bool:
+    """Whether only one token may follow ``tokens``."""
+    try:
+        return bool(grammar.at(tokens).forced(1))
+    except GrammarError:
+        return False
+
+
+def guided(drafter: Drafter, verifier: Verifier, *, is_growing: bool) -> Drafter:
+    """``drafter`` for rows with grammars: what these exclude is not verified, and what they force is drafted, too."""
+    if isinstance(drafter, GrammarDrafter | NoDrafter):
+        return drafter
+    return GrammarDrafter(drafter, verifier.shares_target_noise, is_growing, name=drafter.name)
 
 
 def build(context: DraftContext) -> Drafter:

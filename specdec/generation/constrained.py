@@ -7,15 +7,13 @@ from functools import partial
 from typing import Any
 
 from specdec.checks import shown
-from specdec.drafters.grammar import GrammarDrafter
-from specdec.drafters.none import NoDrafter
 from specdec.engine.model_state import ModelState
 from specdec.engine.wrapped import what_runs
 from specdec.generation.hook import Call
 from specdec.grammar.compiler import GrammarCompiler, end_tokens
 from specdec.grammar.inputs import Grammar
 from specdec.grammar.masks import GrammarProcessor
-from specdec.interfaces import Drafter, Row, Verifier
+from specdec.interfaces import Row
 
 Grammars = Grammar | Sequence[Grammar | None]
 
@@ -55,13 +53,6 @@ def attach_grammars(processors: Sequence[Any], rows: Sequence[Row]) -> None:
     for processor in processors:
         if isinstance(processor, GrammarProcessor):
             processor.attach(rows)
-
-
-def guided(drafter: Drafter, verifier: Verifier, *, is_growing: bool) -> Drafter:
-    """``drafter`` for rows with grammars: what these exclude is not verified, and what they force is drafted, too."""
-    if isinstance(drafter, GrammarDrafter | NoDrafter):
-        return drafter
-    return GrammarDrafter(drafter, verifier.shares_target_noise, is_growing, name=drafter.name)
 
 
 def _checked(grammar: Any) -> Sequence[Grammar | None]:

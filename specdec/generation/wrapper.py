@@ -15,11 +15,12 @@ from torch import Tensor
 
 from specdec.checks import whole_number
 from specdec.decode import Decoder, Emission
+from specdec.drafters.grammar import guided
 from specdec.engine.wrapped import what_runs
 from specdec.generation.arguments import DraftModels, as_models, check_call, check_callable, drafter_of, verifier_of
 from specdec.generation.batch import Batch
 from specdec.generation.caller_objects import Given, arrange
-from specdec.generation.constrained import attach_grammars, constrain, guided
+from specdec.generation.constrained import attach_grammars, constrain
 from specdec.generation.hook import Call, Dropped, check_dropped, dropped_arguments, heal_tokens, take_stop_strings
 from specdec.generation.options import check_generation_config, check_inputs
 from specdec.generation.streaming import Stream

@@ -55,6 +55,14 @@ class GrammarTransform:
         return masked_at(row, length, tree.path_tokens(node), scores)
 
 
+@dataclass(frozen=True, slots=True)
+class RowMask:
+    """A ``NodeProcessor``: the mask of each row's grammar; rows without one are free."""
+
+    def at_node(self, row: Row, length: int, path: Sequence[int], scores: Tensor) -> Tensor:
+        return masked_at(row, length, path, scores)
+
+
 @dataclass(slots=True)
 class GrammarProcessor:
     """A logits processor of transformers that keeps each row to a grammar of its own; good for one call of generate().

@@ -17,8 +17,11 @@ import torch
 from specdec.budget.adaptive import make_budget
 from specdec.checks import whole_number
 from specdec.decode import Decoder
+from specdec.drafters.grammar import guided
+from specdec.grammar.row import RowGrammar
 from specdec.interfaces import Drafter, Row, Verifier
 from specdec.runtime import Runtime, as_verifier
+from specdec.serving.grammars import Grammars
 from specdec.serving.handle import Handle
 from specdec.serving.job import Job
 from specdec.serving.memory import make_tables
@@ -61,7 +64,7 @@ class Engine:
 
     Args:
         model: any causal LM of transformers; it is not modified.
-        tokenizer: for prompts and stop strings that are text, and for the text of answers.
+        tokenizer: for prompts and stop strings that are text, for the text of answers, and for grammars.
         drafter, verifier, draft_model, max_nodes, adaptive, accelerate: as for ``specdec.generate``.
         kv_memory: for keys and values of the target and its draft models, in bytes or as "2GB"; None: a quarter of
             what is free, at most 4 GB.
@@ -105,11 +108,13 @@ class Engine:
         runtime = Runtime(model, draft_models, accelerate=accelerate, tables=tables)
         settings = Settings(verifier=verifier, max_nodes=max_nodes, adaptive=adaptive, drafter=drafter)
         plan = runtime.plan(settings, max_rows)
-        self.drafter = runtime.drafter(plan.drafter, as_verifier(verifier))
+        rule = as_verifier(verifier)
+        self.drafter = guided(runtime.drafter(plan.drafter, rule), rule, is_growing=plan.drafter == "auto")
         budget = UsualPasses(make_budget(plan.max_nodes, plan.adaptive, plan.costs, runtime.target.in_line))
         self._requests = PerRequest()
         rng = RequestRng(self._requests)
         self._target = runtime.target
+        self._grammars = Grammars(tokenizer, runtime.target.vocab_size)
         decoder: Decoder = runtime.decoder(
             settings,
             RequestTransform(self._requests),
@@ -158,6 +163,7 @@ class Engine:
 
         Raises:
             ValueError: the prompt or the settings do not fit the model or the cache.
+            GrammarError: the grammar cannot be kept to with this tokenizer.
             QueueFullError: too many requests wait.
             RuntimeError: the engine is closed.
         """
@@ -245,6 +251,8 @@ class Engine:
         seed = int(torch.randint(2**62, ()).item()) if settings.seed is None else settings.seed
         completion = Completion(request_id or f"request-{key}", tuple(tokens), seed)
         stops = self._default_stops if settings.stop_token_ids is None else frozenset(settings.stop_token_ids)
+        if settings.grammar is not None:
+            row.grammar = RowGrammar(self._grammars.start(settings.grammar, stops), row.num_prompt)
         text = TextStream(self.tokenizer, tuple(settings.stop))
         cancel = partial(self._cancel, key)
         return Job(row, settings, completion, Handle(completion, cancel), text, stops, time.perf_counter())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from specdec.decode import Emission
+from specdec.grammar.row import finish_reason
 from specdec.interfaces import Row
 from specdec.rng import PhiloxRng
 from specdec.serving.handle import Handle
@@ -72,7 +73,11 @@ class Job:
         self._new_text += self.text.push(new)
 
     def _reason(self) -> FinishReason:
-        is_stop = self.row.tokens[-1] in self.stop_ids or self.text.is_stopped
+        if self.row.grammar is not None:
+            # A stop string leaves a text that lacks it, and so may not be whole even where the grammar could end.
+            is_stop = finish_reason(self.row, tuple(self.stop_ids)) == "stop" and not self.text.is_stopped
+        else:
+            is_stop = self.row.tokens[-1] in self.stop_ids or self.text.is_stopped
         return FinishReason.STOP if is_stop else FinishReason.LENGTH
 
     def _logprobs(self, emission: Emission) -> tuple[TokenLogprobs, ...]:

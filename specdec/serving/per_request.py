@@ -14,7 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from specdec.decode import RowByRow
-from specdec.distributions import LogitsTransform, ProcessorTransform, WarperTransform
+from specdec.distributions import LogitsTransform, ProcessorTransform
+from specdec.grammar.masks import GrammarTransform, RowMask
 from specdec.interfaces import Drafter, Limit, Row, Scores, TargetDistributions, Verdict, Verifier
 from specdec.rng import PhiloxRng, Rng, RowRng
 from specdec.sampling import GREEDY, SamplingParams
@@ -167,9 +168,11 @@ class EachForItself:
 
 
 def transform_for(params: SamplingParams, processors: Sequence[Any]) -> LogitsTransform:
-    """From logits to distributions: ``processors`` first, then temperature, top-k, top-p and min-p as generate() does."""
+    """From logits to distributions as in generate(): ``processors``, the mask of the row's grammar if it has one, and
+    then temperature, top-k, top-p and min-p.
+    """
     if not processors:
-        return WarperTransform(params)
+        return GrammarTransform(params)
     warpers: list[Any] = []
     if not params.is_greedy:
         if params.temperature != 1:
@@ -180,4 +183,4 @@ def transform_for(params: SamplingParams, processors: Sequence[Any]) -> LogitsTr
             warpers.append(TopPLogitsWarper(params.top_p))
         if params.min_p:
             warpers.append(MinPLogitsWarper(params.min_p))
-    return ProcessorTransform([*processors, *warpers], params)
+    return ProcessorTransform([*processors, RowMask(), *warpers], params)

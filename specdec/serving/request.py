@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from specdec.checks import whole_number
+from specdec.checks import shown, whole_number
+from specdec.grammar.inputs import Grammar
 from specdec.interfaces import Step
 from specdec.rng import PhiloxRng
 from specdec.sampling import GREEDY, SamplingParams
@@ -21,7 +22,7 @@ class FinishReason(StrEnum):
     """Why a request ended."""
 
     STOP = "stop"  # an end-of-sequence token, a stop string, or a complete grammar
-    LENGTH = "length"  # max_new_tokens
+    LENGTH = "length"  # max_new_tokens, or a stop string inside a grammar: the text is not whole
     CANCELLED = "cancelled"
     ERROR = "error"
 
@@ -39,6 +40,8 @@ class RequestSettings:
         stop_token_ids: None takes the end-of-sequence tokens of the model; () goes on to ``max_new_tokens``.
         logits_processors: as for ``generate()``, asked about this row alone: token ids (1, L) and scores (1, V). They
             must keep no state.
+        grammar: what the text must match (``specdec.Grammar``), behind all processors; None: it is free. It ends with one
+            of the end tokens once it is whole, and nothing else that ends it is told as "stop".
         draft: whether to speculate.
         priority: requests with a higher one come first; nobody waits for ever.
         logprobs: return the log-probability of each token under the model's own distribution, and of so many of the
@@ -57,6 +60,7 @@ class RequestSettings:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] | None = None
     logits_processors: Sequence[Any] = ()
+    grammar: Grammar | None = None
     draft: bool = True
     priority: int = 0
     logprobs: int | None = None
@@ -70,6 +74,8 @@ class RequestSettings:
             raise ValueError(f"stop must be a list of strings that are not empty, got {self.stop!r}")
         if self.logprobs is not None and not 0 <= whole_number("logprobs", self.logprobs) <= MAX_LOGPROBS:
             raise ValueError(f"logprobs must be from 0 to {MAX_LOGPROBS}, got {self.logprobs}")
+        if not (self.grammar is None or isinstance(self.grammar, Grammar)):
+            raise ValueError(f"grammar must be a specdec.Grammar, got {shown(self.grammar)}")
         if self.seed is not None:
             PhiloxRng(self.seed)
         _ = self.params
