@@ -111,8 +111,13 @@ def attempts(trace: Trace) -> Attempts:
 
 def by_depth(trace: Trace) -> list[Rate]:
     """Conditional rate at each depth: how often the token at depth i + 1 was met, given that a path reached i."""
-    found = attempts(trace)
-    return rates(trace, found, found.depth, [str(depth) for depth in range(_last(found.depth[found.proposed]))])
+    all_attempts = attempts(trace)
+    return rates(
+        trace,
+        all_attempts,
+        all_attempts.depth,
+        [str(depth) for depth in range(_last(all_attempts.depth[all_attempts.proposed]))],
+    )
 
 
 def unconditional_by_depth(trace: Trace) -> list[Estimate]:
@@ -126,62 +131,62 @@ def by_rank(trace: Trace) -> tuple[Floats, Ints]:
     """(D, R) how often the child of rank R was the kept one below a kept node of depth D that had children, and (D,)
     how many such nodes there were. The same table as that of ``specdec tune``; NaN where nothing was ever tried.
     """
-    found = attempts(trace)
-    tried = found.proposed
-    shape = (_last(found.depth[tried]), _last(found.rank[tried & found.met]))
-    visits = np.bincount(found.depth[tried], minlength=shape[0])
+    all_attempts = attempts(trace)
+    tried = all_attempts.proposed
+    shape = (_last(all_attempts.depth[tried]), _last(all_attempts.rank[tried & all_attempts.met]))
+    visits = np.bincount(all_attempts.depth[tried], minlength=shape[0])
     hits = np.zeros(shape)
-    met = tried & found.met
-    np.add.at(hits, (found.depth[met], found.rank[met]), 1)
+    met = tried & all_attempts.met
+    np.add.at(hits, (all_attempts.depth[met], all_attempts.rank[met]), 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return hits / visits[:, None], visits
 
 
 def by_category(trace: Trace) -> list[Rate]:
-    found = attempts(trace)
+    all_attempts = attempts(trace)
     names = trace.categories
     codes = np.array([names.index(label.category) for label in trace.labels])
-    return rates(trace, found, codes[trace.steps.label[found.step]], names)
+    return rates(trace, all_attempts, codes[trace.steps.label[all_attempts.step]], names)
 
 
 def by_token_class(trace: Trace) -> list[Rate]:
     """By what kind of token the target chose; empty where the trace tells no texts."""
     if not any(run.texts for run in trace.runs):
         return []
-    found = attempts(trace)
-    run_of = np.array([label.run for label in trace.labels])[trace.steps.label[found.step]]
-    classes = np.zeros(len(found.token), np.int64)
+    all_attempts = attempts(trace)
+    run_of = np.array([label.run for label in trace.labels])[trace.steps.label[all_attempts.step]]
+    classes = np.zeros(len(all_attempts.token), np.int64)
     for number, run in enumerate(trace.runs):
         mine = run_of == number
-        tokens, where = np.unique(found.token[mine], return_inverse=True)
+        tokens, where = np.unique(all_attempts.token[mine], return_inverse=True)
         kinds = [TOKEN_CLASSES.index(token_class(run.texts.get(int(token), ""))) for token in tokens]
         classes[mine] = np.array(kinds, np.int64)[where]
-    return rates(trace, found, classes, TOKEN_CLASSES)
+    return rates(trace, all_attempts, classes, TOKEN_CLASSES)
 
 
 def by_entropy(trace: Trace, edges: Sequence[float] = (0.05, 0.25, 0.5, 1, 2, 3, 4)) -> list[Rate]:
     """By the entropy (nats) of the target's distribution; empty where the trace does not tell it."""
-    return _binned(trace, lambda found: found.entropy, edges)
+    return _binned(trace, lambda all_attempts: all_attempts.entropy, edges)
 
 
 def by_confidence(trace: Trace, edges: Sequence[float] = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)) -> list[Rate]:
     """By how sure the drafter was; empty where it does not tell."""
-    return _binned(trace, lambda found: found.confidence, edges)
+    return _binned(trace, lambda all_attempts: all_attempts.confidence, edges)
 
 
 def by_position(trace: Trace, edges: Sequence[float] = (8, 16, 32, 64, 128, 256, 512)) -> list[Rate]:
     """By how many tokens of the answer stood before."""
-    return _binned(trace, lambda found: found.position.astype(np.float64), edges)
+    return _binned(trace, lambda all_attempts: all_attempts.position.astype(np.float64), edges)
 
 
-def rates(trace: Trace, found: Attempts, codes: Ints, keys: Sequence[str]) -> list[Rate]:
+def rates(trace: Trace, all_attempts: Attempts, codes: Ints, keys: Sequence[str]) -> list[Rate]:
     """The rate of each key that was proposed anything: attempt i counts for ``keys[codes[i]]``."""
     result = []
     for code, key in enumerate(keys):
-        tried = found.proposed & (codes == code)
+        tried = all_attempts.proposed & (codes == code)
         if tried.any():
-            met = tried & found.met
-            sums = _by_question(trace, met, tried, found.step)
+            met = tried & all_attempts.met
+            sums = _by_question(trace, met, tried, all_attempts.step)
             result.append(Rate(key, int(tried.sum()), int(met.sum()), ratio_of_sums(*sums)))
     return result
 
@@ -195,15 +200,19 @@ def token_class(text: str) -> str:
         return "number"
     if word[0].isalpha():
         return "word start" if text[0].isspace() else "word part"
-    return "punctuation" if all(each in string.punctuation or not each.isalnum() for each in word) else "other"
+    return (
+        "punctuation"
+        if all(character in string.punctuation or not character.isalnum() for character in word)
+        else "other"
+    )
 
 
 def _binned(trace: Trace, value: Callable[[Attempts], Floats], edges: Sequence[float]) -> list[Rate]:
-    found = attempts(trace)
-    values = value(found)
+    all_attempts = attempts(trace)
+    values = value(all_attempts)
     codes = np.where(np.isnan(values), -1, np.digitize(values, edges))
     inner = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
-    return rates(trace, found, codes, [f"below {edges[0]:g}", *inner, f"from {edges[-1]:g}"])
+    return rates(trace, all_attempts, codes, [f"below {edges[0]:g}", *inner, f"from {edges[-1]:g}"])
 
 
 def _summary(name: str, trace: Trace) -> Summary:
@@ -233,8 +242,10 @@ def _by_question(
     trace: Trace, over: NDArray[Any], under: NDArray[Any], step: Ints | None = None
 ) -> tuple[Floats, Floats]:
     """Both columns, of steps or of what belongs to ``step``, added up for each question."""
-    questions = {key: i for i, key in enumerate(dict.fromkeys((each.run, each.question_id) for each in trace.labels))}
-    codes = np.array([questions[each.run, each.question_id] for each in trace.labels], np.int64)
+    questions = {
+        key: i for i, key in enumerate(dict.fromkeys((label.run, label.question_id) for label in trace.labels))
+    }
+    codes = np.array([questions[label.run, label.question_id] for label in trace.labels], np.int64)
     labels = trace.steps.label if step is None else trace.steps.label[step]
     where = codes[labels] if len(codes) else labels
     over, under = (np.bincount(where, values, len(questions)).astype(np.float64) for values in (over, under))
@@ -245,7 +256,7 @@ def _confidence(trace: Trace) -> Floats:
     """(M,) the drafter's estimate of each node, or where it made none the probability that it drew the node with."""
     steps = trace.steps
     nothing = np.full(len(steps.tree_tokens), np.nan)
-    guessed, drawn = (nothing if each is None else each for each in (steps.estimates, steps.draft_probs))
+    guessed, drawn = (nothing if values is None else values for values in (steps.estimates, steps.draft_probs))
     return np.where(np.isnan(guessed), drawn, guessed)
 
 

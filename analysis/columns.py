@@ -120,14 +120,14 @@ class Steps:
         kept = np.repeat(where, self.num_emitted)
         nodes = np.repeat(where, np.diff(self.tree_offsets))
         chosen: dict[str, Any] = {}
-        for each in fields(self):
-            column = getattr(self, each.name)
+        for item in fields(self):
+            column = getattr(self, item.name)
             if column is None:
                 continue
-            if each.name in ("kept_offsets", "tree_offsets"):
-                chosen[each.name] = offsets_of(np.diff(column)[where])
+            if item.name in ("kept_offsets", "tree_offsets"):
+                chosen[item.name] = offsets_of(np.diff(column)[where])
             else:
-                chosen[each.name] = column[kept if each.name in KEPT else nodes if each.name in TREE else where]
+                chosen[item.name] = column[kept if item.name in KEPT else nodes if item.name in TREE else where]
         return Steps(**chosen)
 
 
@@ -203,10 +203,10 @@ class Trace:
             ValueError: a name or category that the trace does not hold.
         """
         wanted = [names] if isinstance(names, str) else None if names is None else list(names)
-        for what, asked, known in (("method", wanted, self.names), ("category", categories, self.categories)):
+        for what, asked, present in (("method", wanted, self.names), ("category", categories, self.categories)):
             for name in asked or ():
-                if name not in known:
-                    raise ValueError(f"the trace has no {what} {name!r}; it has {', '.join(known) or 'none'}")
+                if name not in present:
+                    raise ValueError(f"the trace has no {what} {name!r}; it has {', '.join(present) or 'none'}")
 
         def fits(label: Label) -> bool:
             return (wanted is None or label.name in wanted) and (categories is None or label.category in categories)

@@ -86,13 +86,13 @@ def _questions(trace: Trace) -> dict[str, _Question]:
     for output in trace.outputs:
         key = (output.label.run, output.group, output.label.turn)
         in_batch[key] = in_batch.get(key, 0) + output.num_tokens
-    found: dict[str, _Question] = {}
+    questions: dict[str, _Question] = {}
     for output in trace.outputs:
-        question = found.setdefault(output.label.question_id, _Question())
+        question = questions.setdefault(output.label.question_id, _Question())
         question.tokens += (output.token_ids,)
         whole = in_batch[output.label.run, output.group, output.label.turn]
         question.seconds += output.wall_s * output.num_tokens / whole
-    return {name: question for name, question in found.items() if question.seconds > 0}
+    return {name: question for name, question in questions.items() if question.seconds > 0}
 
 
 def _sign_test(logs: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:

@@ -143,8 +143,8 @@ def _lists(
             if num_empty == len(pieces):
                 continue
             pieces = [
-                b"[null" + b",null" * len(each) + b"]" + end if piece == b"[]" + end else piece
-                for piece, each in zip(pieces, commas, strict=True)
+                b"[null" + b",null" * len(comma_run) + b"]" + end if piece == b"[]" + end else piece
+                for piece, comma_run in zip(pieces, commas, strict=True)
             ]
         if _shape(pieces) != shape:
             raise ValueError(f"{name} must have another length")
@@ -182,10 +182,10 @@ def slow_columns(steps: Sequence[Mapping[str, Any]], codes: Sequence[int]) -> Co
 
 def _given(step: Mapping[str, Any], name: str) -> Sequence[float | None]:
     length = len(step["nodes"] if name in KEPT else step["tree_tokens"])
-    given: Sequence[float | None] = step.get(name) or [None] * length
-    if len(given) != length:
-        raise ValueError(f"{name} must have {length} numbers, got {len(given)}")
-    return given
+    numbers: Sequence[float | None] = step.get(name) or [None] * length
+    if len(numbers) != length:
+        raise ValueError(f"{name} must have {length} numbers, got {len(numbers)}")
+    return numbers
 
 
 def _array(name: str, values: Sequence[Any]) -> NDArray[Any]:

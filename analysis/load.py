@@ -141,10 +141,10 @@ class _File:
 
     def _warn_missing(self) -> None:
         asked = (self.provenance.get("settings") or {}).get("num_prompts")
-        found = len({output.label.question_id for output in self.outputs})
+        num_questions = len({output.label.question_id for output in self.outputs})
         of = f" of {asked}" if isinstance(asked, int) else ""
         self.warnings.append(
-            f"there is no end line, the run was interrupted or is still going on; it holds {found}{of} questions"
+            f"there is no end line, the run was interrupted or is still going on; it holds {num_questions}{of} questions"
         )
 
     def coded(self, labels: dict[Label, int]) -> list[Columns]:

@@ -26,10 +26,10 @@ class Bench:
         Raises:
             ValueError: there is none.
         """
-        found = next((row for row in self.rows if name in (row["drafter"], row["method"])), None)
-        if found is None:
+        match = next((row for row in self.rows if name in (row["drafter"], row["method"])), None)
+        if match is None:
             raise ValueError(f"{self.path} has no row {name!r}; it has {', '.join(map(row_name, self.rows))}")
-        return found
+        return match
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,13 +124,13 @@ class GroupRate:
 def rates(trace: Trace, *, decode_only: bool = False) -> dict[str, dict[tuple[int, int], GroupRate]]:
     """Method -> (run, group) -> what it made of the group; the seconds of a batch count once."""
     first = _first_tokens(trace) if decode_only else {}
-    found: dict[str, dict[tuple[int, int], GroupRate]] = {}
+    by_method: dict[str, dict[tuple[int, int], GroupRate]] = {}
     seen: set[tuple[str, int, int, int]] = set()
     questions: dict[tuple[str, int, int], set[str]] = {}
     for output in trace.outputs:
         label = output.label
         key = (label.run, output.group)
-        rate = found.setdefault(label.name, {}).setdefault(key, GroupRate())
+        rate = by_method.setdefault(label.name, {}).setdefault(key, GroupRate())
         rate.num_tokens += output.num_tokens - first.get((label.name, label.run, label.question_id, label.turn), 0)
         if (label.name, *key, label.turn) not in seen:
             seen.add((label.name, *key, label.turn))
@@ -138,7 +138,9 @@ def rates(trace: Trace, *, decode_only: bool = False) -> dict[str, dict[tuple[in
         members = questions.setdefault((label.name, *key), set())
         members.add(label.question_id)
         rate.num_questions = len(members)
-    return {name: {k: r for k, r in groups.items() if r.num_tokens and r.seconds > 0} for name, groups in found.items()}
+    return {
+        name: {k: r for k, r in groups.items() if r.num_tokens and r.seconds > 0} for name, groups in by_method.items()
+    }
 
 
 def passes(trace: Trace) -> Passes:
@@ -161,10 +163,10 @@ def passes(trace: Trace) -> Passes:
 
 def cost_curve(trace: Trace) -> list[CostPoint]:
     """v(n) as it was met on the way: seconds of the passes of each size that occurred at least three times."""
-    found = passes(trace)
+    timed = passes(trace)
     points = []
-    for columns in np.unique(found.columns):
-        seconds = found.score_s[found.columns == columns]
+    for columns in np.unique(timed.columns):
+        seconds = timed.score_s[timed.columns == columns]
         if len(seconds) >= MIN_PASSES:
             low, median, high = np.percentile(seconds, [25, 50, 75])
             points.append(CostPoint(int(columns), len(seconds), float(median), float(low), float(high)))
@@ -203,7 +205,7 @@ def predict(trace: Trace, model: CostModel) -> list[Prediction]:
     both the geometric mean over answers.
     """
     measured = speedups(trace, PLAIN, decode_only=True)
-    found = []
+    predictions = []
     for name in trace.drafting:
         own = trace.select(name)
         steps = own.steps
@@ -213,10 +215,10 @@ def predict(trace: Trace, model: CostModel) -> list[Prediction]:
         labels = steps.label[later]
         values = (steps.num_emitted, steps.num_drafted + 1, tree_shapes(own).levels, steps.num_rows)
         means = np.array([_means(labels, value[later]) for value in values])  # (4, answers)
-        each = [model.speedup(tau, columns, levels, round(rows)) for tau, columns, levels, rows in means.T]
+        ratios = [model.speedup(tau, columns, levels, round(rows)) for tau, columns, levels, rows in means.T]
         tau, columns, levels = (float(value[later].mean()) for value in values[:3])
-        found.append(Prediction(name, tau, columns, levels, geometric_mean(each).value, measured[name]))
-    return found
+        predictions.append(Prediction(name, tau, columns, levels, geometric_mean(ratios).value, measured[name]))
+    return predictions
 
 
 def _means(labels: Ints, values: Ints) -> Floats:
@@ -228,9 +230,9 @@ def _means(labels: Ints, values: Ints) -> Floats:
 
 def _first_tokens(trace: Trace) -> dict[tuple[str, int, str, int], int]:
     """Tokens of the first pass of each answer; one where a method of transformers does not tell."""
-    found = {(o.label.name, o.label.run, o.label.question_id, o.label.turn): 1 for o in trace.outputs}
+    first = {(o.label.name, o.label.run, o.label.question_id, o.label.turn): 1 for o in trace.outputs}
     steps = trace.steps
     for i in np.flatnonzero(steps.index == 0):
         label = trace.labels[steps.label[i]]
-        found[label.name, label.run, label.question_id, label.turn] = int(steps.num_emitted[i])
-    return found
+        first[label.name, label.run, label.question_id, label.turn] = int(steps.num_emitted[i])
+    return first

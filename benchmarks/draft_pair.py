@@ -23,7 +23,8 @@ import torch
 from specdec.budget.adaptive import FixedBudget
 from specdec.cli.loading import all_model_facts, eos_ids
 from specdec.distributions import WarperTransform
-from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder
+from specdec.drafters.trees.expansion import ChildSampling, Shape
+from specdec.drafters.trees.growth import TreeBuilder
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import load_model, load_tokenizer
 from specdec.interfaces import Limit, Row, Scores

@@ -5,68 +5,25 @@ tokens are the same.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from specdec.cli import options
-from specdec.hub.catalog import DEFAULT_MODEL
+from specdec.cli.bench_config import BenchConfig
+from specdec.cli.groups import grouped
 from specdec.records.prompts import BUILTIN
-from specdec.settings import DEFAULTS
-
-if TYPE_CHECKING:
-    from specdec.cli.results import BenchConfig
 
 EXAMPLE = "Example: specdec bench --limit 8 --max-new-tokens 48 --drafter ngram --drafter ngram:max_order=2 --output bench.json"
 
 
+@grouped
 def bench(
-    target: options.Target = DEFAULT_MODEL,
-    drafter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--drafter",
-            metavar=options.DRAFTER_FORM,
-            help=f"A drafter to measure; give it again for more. Default: {DEFAULTS.drafter!s}, or model with a draft model. "
-            + options.QUOTING,
-        ),
-    ] = None,
-    drafter_model: options.DrafterModel = None,
-    verifier: options.Verifier = str(DEFAULTS.verifier),
-    prompts: Annotated[
-        str, typer.Option(metavar="FILE", help=f"JSONL in Spec-Bench's form or with prompts; {BUILTIN}: our own suite.")
-    ] = BUILTIN,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Take the first N prompts only.")] = None,
-    max_new_tokens: options.MaxNewTokens = options.DEFAULT_MAX_NEW_TOKENS,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts that are generated together.")] = 1,
-    temperature: options.Temperature = 0.0,
-    seed: options.Seed = 0,
-    max_nodes: options.MaxNodes = DEFAULTS.max_nodes,
-    adaptive: options.Adaptive = True,
-    config: options.Config = None,
-    synthetic_acceptance: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RATE,RATE,...|mean=X", help="Also what a drafter accepted like this would bring; no text."
-        ),
-    ] = None,
-    grammar: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Let every answer match a JSON schema (FILE.json) or a Lark grammar (others)."
-        ),
-    ] = None,
-    accelerate: options.Accelerate = True,
-    cuda_graphs: options.CudaGraphs = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
+    *,
+    config: BenchConfig,
     output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write all numbers here.")] = None,
-    trace: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write every step here.")] = None,
-    trace_probs: Annotated[
-        bool, typer.Option("--trace-probs", help="With --trace: probabilities and entropies of every step too.")
-    ] = False,
 ) -> None:
     """Measure drafters against Hugging Face generate() and compare their tokens.
 
@@ -74,45 +31,20 @@ def bench(
     model), our own loop without drafts, and each drafter. Status 1 if tokens differ for another reason than rounding.
     All decode from the model's own distribution: of its saved generation_config.json only the ends of a text hold.
     """
-    if trace_probs and trace is None:
+    if config.trace_probs and config.trace is None:
         raise ValueError("--trace-probs writes to the trace: add --trace FILE.jsonl")
-    output, trace = (path.expanduser() if path else None for path in (output, trace))
-    _check_paths(prompts, output, trace)
-    from specdec.cli.results import BenchConfig
-
-    tuned = options.read_config(config)
+    output, trace = (path.expanduser() if path else None for path in (output, config.trace))
+    _check_paths(config.prompts, output, trace)
+    config = replace(config, trace=trace)
+    tuned = options.read_config(config.config)
     if tuned is not None:
-        entry = tuned.nearest(batch_size)
-        drafter = list(dict.fromkeys([entry.drafter, *(drafter or ())]))
-        max_nodes, adaptive = entry.max_nodes, entry.adaptive
-    asked = BenchConfig(
-        target=target,
-        drafters=tuple(drafter or ()),
-        drafter_models=tuple(drafter_model or ()),
-        verifier=verifier,
-        prompts=prompts,
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        temperature=temperature,
-        seed=seed,
-        max_nodes=max_nodes,
-        adaptive=adaptive,
-        accelerate=accelerate,
-        cuda_graphs=cuda_graphs,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trace=trace,
-        trace_probs=trace_probs,
-        config=config,
-        synthetic_acceptance=synthetic_acceptance,
-        grammar=grammar,
-    )
-    _run(asked, output)
+        entry = tuned.nearest(config.batch_size)
+        drafters = list(dict.fromkeys([entry.drafter, *(config.drafters or ())]))
+        config = replace(config, drafters=drafters, max_nodes=entry.max_nodes, adaptive=entry.adaptive)
+    _run(config, output)
 
 
-def _run(asked: BenchConfig, output: Path | None) -> None:
+def _run(config: BenchConfig, output: Path | None) -> None:
     """Measure, write and show; the status tells of an interruption or a mismatch."""
     from specdec.cli.benchmark import run_bench
     from specdec.cli.progress import progress
@@ -121,7 +53,7 @@ def _run(asked: BenchConfig, output: Path | None) -> None:
     from specdec.records.files import write_json
 
     with progress() as tell:
-        results = run_bench(asked, command=["specdec", *sys.argv[1:]], tell=tell)
+        results = run_bench(config, command=["specdec", *sys.argv[1:]], tell=tell)
     summary = summarise(results)
     if output is not None:
         write_json(output, summary)

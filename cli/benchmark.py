@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from specdec.budget.adaptive import make_budget
 from specdec.budget.costs import PassCosts
-from specdec.cli.details import token_texts
+from specdec.cli.bench_config import BenchConfig
+from specdec.cli.bench_trace import BenchTrace
 from specdec.cli.loading import Loaded, all_model_facts, check_prompt, eos_ids, load
 from specdec.cli.matching import Judge
 from specdec.cli.measure import (
@@ -31,7 +32,7 @@ from specdec.cli.measure import (
 )
 from specdec.cli.options import read_config, set_threads, warn_config
 from specdec.cli.progress import Tell
-from specdec.cli.results import BenchConfig, Group, Question, Results, Turn
+from specdec.cli.results import Group, Question, Results, Turn
 from specdec.cli.saved import silent_transformers
 from specdec.cli.synthetic import SYNTHETIC, synthetic_pair
 from specdec.constraints import GrammarState
@@ -48,7 +49,7 @@ from specdec.records.prompts import Prompt, load_prompts, render_turns
 from specdec.records.provenance import collect
 from specdec.records.trace import TraceWriter
 from specdec.sampling import SamplingParams
-from specdec.settings import DEFAULTS, Settings
+from specdec.settings import DEFAULTS
 from specdec.verifiers import make_verifier
 
 WARM_UP_TOKENS = 8
@@ -68,15 +69,7 @@ def run_bench(
     """
     set_threads(config.threads)
     prompts = load_prompts(config.prompts, limit=config.limit)
-    loaded = load(
-        config.target,
-        config.drafter_models,
-        config.dtype,
-        config.device,
-        accelerate=config.accelerate,
-        cuda_graphs=config.cuda_graphs,
-        compare=True,
-    )
+    loaded = load(config.target, config.drafter_models or (), config, compare=True)
     grammar = _start_grammar(config, loaded)
     methods, skipped = build_methods(config, loaded, clock, grammar)
     _check_prompts(config, loaded, prompts)
@@ -86,7 +79,8 @@ def run_bench(
     questions = [Question(number, prompt) for number, prompt in enumerate(prompts)]
     with ExitStack() as stack:
         stack.enter_context(silent_transformers())
-        trace = stack.enter_context(TraceWriter(config.trace, results.provenance)) if config.trace else None
+        writer = stack.enter_context(TraceWriter(config.trace, results.provenance)) if config.trace else None
+        trace = None if writer is None else BenchTrace(writer, loaded.tokenizer)
         bench.measure(questions, trace)
     return results
 
@@ -120,7 +114,7 @@ def build_methods(
     def own(
         name: str, spec: str | None, verifier: Verifier, drafter: Drafter | None = None, *, adaptive: bool = True
     ) -> Speculative:
-        settings = Settings(drafter=spec or "none", verifier=verifier, seed=config.seed)
+        settings = config.settings(drafter=spec or "none", verifier=verifier)
         budget = make_budget(config.max_nodes, adaptive and config.adaptive, costs)
         params, stop = SamplingParams(config.temperature), ends_with(ends)
         transform = WarperTransform(params) if grammar is None else GrammarTransform(params)
@@ -159,8 +153,10 @@ def _check_prompts(config: BenchConfig, loaded: Loaded, prompts: Sequence[Prompt
 
 
 def _provenance(config: BenchConfig, loaded: Loaded, command: Sequence[str], num_prompts: int) -> dict[str, Any]:
-    models = all_model_facts(config.target, config.drafter_models)
-    settings = {**asdict(config), "drafters": config.drafter_specs, "num_prompts": num_prompts}
+    drafter_models = config.drafter_models or []
+    models = all_model_facts(config.target, drafter_models)
+    settings = {**asdict(config), "drafters": config.drafter_specs, "drafter_models": drafter_models}
+    settings |= {"num_prompts": num_prompts}
     settings |= {"context_limit": loaded.target.context_length, "trees": not loaded.target.chain_only}
     return collect(command, dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=settings)
 
@@ -175,9 +171,8 @@ class _Bench:
     tell: Tell
     num_runs: int = 0
     num_turns: int = 0
-    told: set[int] = field(default_factory=set)  # tokens whose texts are in the trace
 
-    def measure(self, questions: Sequence[Question], trace: TraceWriter | None) -> None:
+    def measure(self, questions: Sequence[Question], trace: BenchTrace | None) -> None:
         size = self.config.batch_size
         groups = [Group(tuple(questions[i : i + size])) for i in range(0, len(questions), size)]
         total = sum(max(len(q.prompt.turns) for q in group.questions) for group in groups) * len(self.results.methods)
@@ -188,13 +183,12 @@ class _Bench:
                 # A group counts once every method has done all of it.
                 self.results.groups.append(group)
                 if trace is not None:
-                    trace.vocabulary(self._new_texts(group))
-                    write_group(trace, group, number)
+                    trace.write(group, number)
         except KeyboardInterrupt:
             self.results.is_partial = True
             return
         if trace is not None:
-            trace.end()
+            trace.writer.end()
 
     def _warm_up(self, group: Group) -> None:
         """A few tokens with each method; our own loop first, because it tells broken logits for what they are.
@@ -222,17 +216,11 @@ class _Bench:
 
     def _batch(self, questions: Sequence[Question], answers: Sequence[Sequence[str]]) -> Batch:
         prompts = []
-        for question, given in zip(questions, answers, strict=True):
-            ids = render_turns(self.loaded.tokenizer, question.prompt, given)
+        for question, earlier_answers in zip(questions, answers, strict=True):
+            ids = render_turns(self.loaded.tokenizer, question.prompt, earlier_answers)
             check_prompt(self.loaded.target, ids, self.config.max_new_tokens, f"question {question.prompt.question_id}")
             prompts.append(tuple(ids))
         return Batch(tuple(prompts), tuple(q.number for q in questions), self.config.max_new_tokens)
-
-    def _new_texts(self, group: Group) -> dict[int, str]:
-        """Texts of the tokens that occur in ``group`` and in none before."""
-        new = sorted(_tokens_in(group) - self.told)
-        self.told.update(new)
-        return token_texts(self.loaded.tokenizer, new)
 
     def _rotated(self) -> list[Method]:
         """The methods, beginning with another one each turn: nobody always runs right behind the same one."""
@@ -245,41 +233,3 @@ class _Bench:
         output = method.run(batch)
         self.num_runs += 1
         return output
-
-
-def write_group(trace: TraceWriter, group: Group, number: int) -> None:
-    """The trace of one group: for each turn the prompts, then for each method the steps and the outputs."""
-    for index, turn in enumerate(group.turns):
-        for question, ids in zip(turn.questions, turn.batch.prompts, strict=True):
-            prompt = question.prompt
-            trace.prompt(ids, question_id=prompt.question_id, category=prompt.category, turn=index)
-        for method, output in turn.outputs.items():
-            names = {"method": method.name, "drafter": method.drafter, "verifier": method.verifier}
-            labels = {
-                q.number: {**names, "question_id": q.prompt.question_id, "category": q.prompt.category, "turn": index}
-                for q in turn.questions
-            }
-            for i, step in enumerate(output.steps):
-                details = output.details[i].as_dict() if output.details else None
-                trace.step(step, details, **labels[step.row])
-            for question, ids, tokens in zip(turn.questions, turn.batch.prompts, output.tokens, strict=True):
-                trace.output(
-                    tokens,
-                    wall_s=output.total_s,
-                    prefill_s=output.first_s,
-                    **labels[question.number],
-                    group=number,
-                    num_rows=len(turn.questions),
-                    num_prompt_tokens=len(ids),
-                    lossless=method.lossless,
-                )
-
-
-def _tokens_in(group: Group) -> set[int]:
-    """Every token of the prompts, the outputs and the drafts."""
-    found: set[int] = set()
-    for turn in group.turns:
-        found.update(*turn.batch.prompts)
-        for output in turn.outputs.values():
-            found.update(*output.tokens, *(step.tree_tokens for step in output.steps))
-    return found

@@ -17,6 +17,7 @@ _OPTIONAL = {
     "cupy": ("own CUDA kernels without a compiler", 'pip install "specdec-toolkit[cuda]"'),
     "llguidance": ("structured output", 'pip install "specdec-toolkit[grammar]"'),
     "arctic_inference": ("suffix-tree drafts", "pip install arctic-inference"),
+    "fastapi": ("specdec serve", 'pip install "specdec-toolkit[serve]"'),
     "accelerate": ("loading straight onto a GPU", "pip install accelerate"),
 }
 _TOOLS = {
@@ -114,24 +115,24 @@ def _distribution_version(module: str) -> str:
 
 def _first_line_with_version(tool: str) -> str:
     try:
-        told = subprocess.run(
+        completed = subprocess.run(
             [tool, "--version"], capture_output=True, text=True, errors="replace", timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return "found, but does not run"
-    lines = [line.strip() for line in told.stdout.splitlines() if any(c.isdigit() for c in line)]
+    lines = [line.strip() for line in completed.stdout.splitlines() if any(c.isdigit() for c in line)]
     return lines[0] if lines else "found"
 
 
 def _models() -> Iterator[str]:
     from specdec.hub.catalog import DEFAULT_MODEL, cache_dir, is_fetched, known_models, model_path
 
-    for known in known_models():
-        default = " (the default)" if known.name == DEFAULT_MODEL else ""
-        if is_fetched(known.name):
-            yield f"{known.name}{default}: fetched, in {model_path(known.name)}"
+    for builtin in known_models():
+        default = " (the default)" if builtin.name == DEFAULT_MODEL else ""
+        if is_fetched(builtin.name):
+            yield f"{builtin.name}{default}: fetched, in {model_path(builtin.name)}"
         else:
-            yield f"{known.name}{default}: not fetched; specdec models fetch {known.name}"
+            yield f"{builtin.name}{default}: not fetched; specdec models fetch {builtin.name}"
     yield f"cache: {cache_dir()}"
 
 

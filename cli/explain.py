@@ -113,7 +113,7 @@ class LiveView:
         self._live.stop()
 
 
-def make_view(tokenizer: Any, *, is_live: bool) -> ExplainView | LiveView:
+def make_tree_view(tokenizer: Any, *, is_live: bool) -> ExplainView | LiveView:
     """The view that was asked for.
 
     Raises:

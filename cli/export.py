@@ -95,9 +95,9 @@ def export(
     share_output(cell, model)
     save_eagle(cell.to(getattr(torch, cell.config.torch_dtype, torch.float32)), output)
     commands = {
-        each: command
-        for each, command in serve_commands(_name_for_engines(target), output).items()
-        if not unread_keys(cell.config.unusual(), each)
+        engine_name: command
+        for engine_name, command in serve_commands(_name_for_engines(target), output).items()
+        if not unread_keys(cell.config.unusual(), engine_name)
     }
     write_text(output / "README.md", _readme(target, commands))
     if measure > 0:
@@ -155,7 +155,7 @@ def acceptance_facts(stats: Stats) -> dict[str, Any]:
 
 def _name_for_engines(target: str) -> str:
     """A built-in model lies in a folder that an engine can read."""
-    is_built_in = target in [known.name for known in known_models()]
+    is_built_in = target in [builtin.name for builtin in known_models()]
     return str(model_path(target)) if is_built_in else target
 
 

@@ -37,15 +37,15 @@ def figures(
     from specdec.analysis.figures import FORMATS, draw_all
 
     formats = form or list(FORMATS)
-    if unknown := [each for each in formats if each not in FORMATS]:
+    if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(f"--format must be svg or png, got {unknown[0]!r}")
 
     result, settings = read_results(bench, tuned)
     drawn = draw_all(out.expanduser(), read_traces(trace), result, settings, only=only, formats=formats)
     for path in drawn.paths:
         print(path)
-    for each in drawn.missing:
-        print(f"not drawn: {each.name}: needs {each.reason}", file=sys.stderr)
+    for figure in drawn.missing:
+        print(f"not drawn: {figure.name}: needs {figure.reason}", file=sys.stderr)
     if not drawn.paths:
         raise typer.Exit(1)
 

@@ -3,29 +3,120 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdec.cli import options
+from specdec.cli.groups import grouped
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.settings import DEFAULTS
 
 if TYPE_CHECKING:
     from specdec.cli.loading import Loaded
     from specdec.decode import Emission
-    from specdec.interfaces import Verifier
-    from specdec.stats import Stats
+    from specdec.grammar.inputs import Grammar
 
 EXAMPLE = 'Example: specdec generate "Write a haiku about trees." --temperature 0.7 --seed 1'
 
-Write = Callable[[str, bool], None]  # text, and whether it was drafted
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample."""
+
+    temperature: options.OwnTemperature = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Sample from the N most probable tokens; 0: all. Default: as saved, or 50."),
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(metavar="X", help="Sample from the most probable mass X. Default: as saved, or all.")
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Drop tokens less probable than X times the most probable. Default: as saved, or 0."
+        ),
+    ] = None
+    generation_config: Annotated[
+        bool,
+        typer.Option(
+            "--generation-config/--no-generation-config",
+            help="Decode as the model's saved generation_config.json says; or from its own distribution, but for the ends.",
+        ),
+    ] = True
+
+    def __post_init__(self) -> None:
+        from specdec.sampling import SamplingParams
+
+        top_p = 1.0 if self.top_p is None else self.top_p
+        SamplingParams(self.temperature or 0.0, self.top_k or 0, top_p, self.min_p or 0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The prompt and how it is shown."""
+
+    max_new_tokens: options.MaxNewTokens = options.DEFAULT_MAX_NEW_TOKENS
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the prompt.")] = None
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template if it has one.")] = True
+    explain: Annotated[bool, typer.Option("--explain", help="Print each step's tree with its accepted path.")] = False
+    live: Annotated[bool, typer.Option("--live", help="Show the tree of each step in place, as the text grows.")] = (
+        False
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.system is not None and not self.chat:
+            raise ValueError("a system message needs the chat template: leave out --no-chat or --system")
+        if self.explain and self.live:
+            raise ValueError("--explain prints every step and --live redraws one: choose one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What the answer must match."""
+
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", metavar="FILE.json", help="Write JSON that this schema allows.")
+    ] = None
+    regex: Annotated[
+        str | None,
+        typer.Option("--regex", metavar="PATTERN", help="Write text that this regular expression matches whole."),
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        typer.Option("--grammar", metavar="FILE.lark", help="Write text that this Lark grammar derives."),
+    ] = None
+    choices: Annotated[str | None, typer.Option("--choices", metavar="A,B,...", help="Write one of these.")] = None
+
+    def read(self) -> Grammar | None:
+        """The one that was given.
+
+        Raises:
+            ValueError: more than one, or one that cannot be read.
+        """
+        from specdec.grammar.inputs import Grammar
+
+        names = [f"--{name.replace('_', '-')}" for name, value in asdict(self).items() if value is not None]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} cannot both hold: choose one of them")
+        if self.json_schema is not None:
+            return Grammar.json_schema(self.json_schema)
+        if self.regex is not None:
+            return Grammar.regex(self.regex)
+        if self.grammar is not None:
+            return Grammar.lark(self.grammar)
+        return None if self.choices is None else Grammar.choices(self.choices.split(","))
+
+
+@grouped
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; - reads standard input.")],
     target: options.Target = DEFAULT_MODEL,
@@ -36,48 +127,13 @@ def generate(
         ),
     ] = str(DEFAULTS.drafter),
     drafter_model: options.DrafterModel = None,
-    verifier: options.Verifier = str(DEFAULTS.verifier),
-    max_new_tokens: options.MaxNewTokens = options.DEFAULT_MAX_NEW_TOKENS,
-    temperature: options.OwnTemperature = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Sample from the N most probable tokens; 0: all. Default: as saved, or 50."),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="X", help="Sample from the most probable mass X. Default: as saved, or all.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", help="Drop tokens less probable than X times the most probable. Default: as saved, or 0."
-        ),
-    ] = None,
-    seed: options.Seed = 0,
-    max_nodes: options.MaxNodes = DEFAULTS.max_nodes,
-    adaptive: options.Adaptive = True,
     config: options.Config = None,
-    accelerate: options.Accelerate = True,
-    cuda_graphs: options.CudaGraphs = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    generation_config: Annotated[
-        bool,
-        typer.Option(
-            "--generation-config/--no-generation-config",
-            help="Decode as the model's saved generation_config.json says; or from its own distribution, but for the ends.",
-        ),
-    ] = True,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the prompt.")] = None,
-    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template if it has one.")] = True,
-    json_schema: options.JsonSchema = None,
-    regex: options.Regex = None,
-    grammar: options.GrammarFile = None,
-    choices: options.Choices = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Print each step's tree with its accepted path.")] = False,
-    live: Annotated[
-        bool, typer.Option("--live", help="Show the tree of each step in place, as the text grows.")
-    ] = False,
+    *,
+    speculation: options.Speculation,
+    sampling: Sampling,
+    shown: Prompt,
+    form: Form,
+    engine: options.Engine,
 ) -> None:
     """Answer PROMPT, streaming the text as it is generated.
 
@@ -93,51 +149,56 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ValueError("the prompt is empty; write some text")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if system is not None and not chat:
-        raise ValueError("a system message needs the chat template: leave out --no-chat or --system")
-    if explain and live:
-        raise ValueError("--explain prints every step and --live redraws one: choose one of them")
-    form = options.read_grammar(json_schema, regex, grammar, choices)
-    options.set_threads(threads)
+    grammar = form.read()
+    options.set_threads(engine.threads)
     from specdec.cli.loading import check_prompt, load
     from specdec.cli.saved import sampling_options
+    from specdec.cli.stream import make_view, stream
+    from specdec.verifiers import make_verifier
 
     tuned = options.read_config(config)
     if tuned is not None:
         entry = tuned.nearest(1)
-        drafter, max_nodes, adaptive = entry.drafter, entry.max_nodes, entry.adaptive
-    sampling = sampling_options(temperature, top_k, top_p, min_p, is_saved=generation_config)
-    rule = _check(drafter, verifier, max_nodes, adaptive, seed, (temperature, top_k, top_p, min_p))
-    loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
+        drafter = entry.drafter
+        speculation = replace(speculation, max_nodes=entry.max_nodes, adaptive=entry.adaptive)
+    verifier = make_verifier(speculation.verifier)
+    _check(drafter, speculation)
+    loaded = load(target, drafter_model or (), engine)
     options.warn_config(tuned, loaded.model)
-    ids = _render(loaded.tokenizer, text, system, chat)
-    check_prompt(loaded.target, ids, max_new_tokens, "the prompt")
+    ids = _render(loaded.tokenizer, text, shown.system, shown.chat)
+    check_prompt(loaded.target, ids, shown.max_new_tokens, "the prompt")
     # A tuned file also says what passes cost here.
     is_file = config is not None and config.suffix == ".json"
-    asked: dict[str, Any] = {
+    arguments: dict[str, Any] = {
+        **asdict(speculation),
         "drafter": str(config) if is_file else drafter,
-        "verifier": rule,
+        "verifier": verifier,
         "draft_model": loaded.runtime.draft_models or None,
-        "max_nodes": max_nodes,
-        "adaptive": adaptive,
-        "cuda_graphs": cuda_graphs,
-        "seed": seed,
+        "cuda_graphs": engine.cuda_graphs,
         "tokenizer": loaded.tokenizer,
-        "max_new_tokens": max_new_tokens,
-        **sampling,
+        "max_new_tokens": shown.max_new_tokens,
+        **sampling_options(
+            sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, is_saved=sampling.generation_config
+        ),
     }
-    if form is not None:
-        asked |= {"grammar": form, "return_dict_in_generate": True}
-    view = partial(_view, loaded.tokenizer, explain=explain, live=live)
-    _stream(loaded, ids, asked, view, drafter, is_saved=generation_config)
+    if grammar is not None:
+        arguments |= {"grammar": grammar, "return_dict_in_generate": True}
+    reasons: list[str] = []
+    streamed = stream(
+        partial(_generate, loaded, ids, arguments, reasons, is_saved=sampling.generation_config),
+        partial(make_view, loaded.tokenizer, explain=shown.explain, live=shown.live),
+    )
+    drafter_name = _drafter_name(drafter, bool(drafter_model))
+    print(streamed.summary(verifier, drafter_name, len(ids)), file=sys.stderr)
+    if streamed.is_interrupted:
+        raise typer.Exit(130)
+    if grammar is not None and reasons != ["stop"]:
+        print("the text ended before it was complete: allow more with --max-new-tokens", file=sys.stderr)
+        raise typer.Exit(1)
 
 
-def _check(
-    drafter: str, verifier: str, max_nodes: int, adaptive: bool, seed: int, sampling: tuple[float | None, ...]
-) -> Verifier:
-    """The rule called ``verifier``; bad values are found before a model is loaded.
+def _check(drafter: str, speculation: options.Speculation) -> None:
+    """Bad values are found before a model is loaded.
 
     Raises:
         ValueError: an unknown name, or a value out of its range.
@@ -145,15 +206,19 @@ def _check(
     from specdec.budget.adaptive import make_budget
     from specdec.drafters import parse_drafter
     from specdec.rng import PhiloxRng
-    from specdec.sampling import SamplingParams
-    from specdec.verifiers import make_verifier
 
-    make_budget(max_nodes, adaptive)
-    temperature, top_k, top_p, min_p = sampling
-    SamplingParams(temperature or 0.0, int(top_k or 0), 1.0 if top_p is None else top_p, min_p or 0.0)
-    PhiloxRng(seed)
+    make_budget(speculation.max_nodes, speculation.adaptive)
+    PhiloxRng(speculation.seed)
     parse_drafter(drafter)
-    return make_verifier(verifier)
+
+
+def _drafter_name(drafter: str, has_draft_model: bool) -> str:
+    """The drafter's name without its options; of ``auto``, what it stands for."""
+    from specdec.drafters import parse_drafter, resolved_drafter
+
+    name, _ = parse_drafter(drafter)
+    resolved = resolved_drafter(name, has_draft_model)
+    return resolved if resolved == name else f"{resolved} ({name})"
 
 
 def _render(tokenizer: Any, text: str, system: str | None, chat: bool) -> list[int]:
@@ -168,88 +233,16 @@ def _render(tokenizer: Any, text: str, system: str | None, chat: bool) -> list[i
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
-class View(Protocol):
-    """Shows a text while it is generated."""
-
-    def show(self, emission: Emission) -> None:
-        """One more step."""
-
-    def end(self) -> None:
-        """That was all."""
-
-
-class StreamView:
-    """The text alone, what was drafted in another style."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        from specdec.cli.text import TextStream
-
-        self._write, self._pieces = _writer(), TextStream(tokenizer)
-
-    def show(self, emission: Emission) -> None:
-        for i, token in enumerate(emission.step.tokens):
-            self._write(self._pieces.push(token), i < emission.step.num_accepted)
-
-    def end(self) -> None:
-        self._write(self._pieces.flush() + "\n", False)
-
-
-def _view(tokenizer: Any, *, explain: bool, live: bool) -> View:
-    if not (explain or live):
-        return StreamView(tokenizer)
-    from specdec.cli.explain import make_view
-
-    return make_view(tokenizer, is_live=live)
-
-
-def _stream(
+def _generate(
     loaded: Loaded,
     ids: list[int],
-    asked: dict[str, Any],
-    make_view: Callable[[], View],
-    drafter: str,
+    arguments: dict[str, Any],
+    reasons: list[str],
+    show: Callable[[Emission], None],
     *,
     is_saved: bool,
 ) -> None:
-    """Generate what is ``asked``, showing its text as it comes, and sum up; Ctrl-C ends it early with status 130."""
-    from specdec.stats import Stats
-
-    stats = Stats()
-    is_interrupted = False
-    is_whole = True
-    view: View | None = None  # nothing is shown where nothing could be generated
-    started = time.perf_counter()
-    first_s = shown_s = 0.0
-
-    def show(emission: Emission) -> None:
-        nonlocal first_s, shown_s, view
-        first_s = first_s or time.perf_counter() - started
-        stats.add(emission.step)
-        showing = time.perf_counter()
-        view = view or make_view()
-        view.show(emission)
-        shown_s += time.perf_counter() - showing
-
-    try:
-        is_whole = _generate(loaded, ids, asked, show, is_saved=is_saved)
-    except KeyboardInterrupt:
-        is_interrupted = True
-    finally:
-        seconds = time.perf_counter() - started - shown_s
-        if view is not None:
-            view.end()
-    print(_summary(asked["verifier"], drafter, len(ids), stats, seconds, first_s), file=sys.stderr)
-    if is_interrupted:
-        raise typer.Exit(130)
-    if not is_whole:
-        print("the text ended before it was complete: allow more with --max-new-tokens", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-def _generate(
-    loaded: Loaded, ids: list[int], asked: dict[str, Any], show: Callable[[Emission], None], *, is_saved: bool
-) -> bool:
-    """The library's own generate(), on the model as it was loaded; whether the text is all that its grammar asks for.
+    """The library's own generate(), on the model as it was loaded; adds to ``reasons`` why a text with a grammar ended.
 
     Raises:
         UnsupportedOptionError: the saved generation config asks for another way of decoding.
@@ -266,41 +259,10 @@ def _generate(
         warnings.filterwarnings("ignore", message=".* was tuned for ")  # told already
         try:
             mask = torch.ones_like(input_ids)
-            output = specdec.generate(model, input_ids, attention_mask=mask, on_emission=show, **asked)
-            return "grammar" not in asked or output.finish_reasons == ("stop",)
+            output = specdec.generate(model, input_ids, attention_mask=mask, on_emission=show, **arguments)
+            if "grammar" in arguments:
+                reasons += output.finish_reasons
         except UnsupportedOptionError as error:
             raise UnsupportedOptionError(
                 f"the model's saved generation config cannot be followed: {error}; or add --no-generation-config"
             ) from None
-
-
-def _summary(rule: Verifier, drafter: str, num_prompt: int, stats: Stats, seconds: float, first_s: float) -> str:
-    lossy = "" if rule.lossless else " (lossy)"
-    return (
-        f"{stats.num_tokens} tokens in {stats.num_drafts} passes: mean acceptance length "
-        f"{stats.mean_acceptance_length:.2f}, {stats.num_tokens / max(seconds, 1e-9):.1f} tokens/s "
-        f"({num_prompt} prompt tokens, first text after {first_s:.2f} s; drafter {drafter.partition(':')[0]}, "
-        f"verifier {rule.name}{lossy})"
-    )
-
-
-def _writer() -> Write:
-    """Plain text into a pipe; on a terminal, drafted text in green, or underlined where colours are off."""
-    if not sys.stdout.isatty():
-
-        def write_plain(text: str, is_drafted: bool) -> None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-        return write_plain
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    drafted = "underline" if console.no_color or console.color_system is None else "green"
-
-    def write_styled(text: str, is_drafted: bool) -> None:
-        if text:
-            console.print(Text(text, style=drafted if is_drafted else ""), end="", soft_wrap=True)
-
-    return write_styled

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specdec.cli.options import Engine
 from specdec.cli.saved import end_ids
 from specdec.cli.text import tell
 from specdec.engine.causal_lm import CausalLM
@@ -34,35 +35,24 @@ class Loaded:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def load(
-    target: str,
-    draft_models: Sequence[str],
-    dtype: str,
-    device: str,
-    *,
-    accelerate: bool = True,
-    cuda_graphs: bool = False,
-    compare: bool = False,
-) -> Loaded:
+def load(target: str, draft_models: Sequence[str], engine: Engine, *, compare: bool = False) -> Loaded:
     """Load what is named; a built-in model that is not here yet is fetched.
 
-    With ``cuda_graphs`` the engine replays its passes. With ``compare`` transformers is to run the models as well, which
-    keeps a second copy of what is accelerated.
+    With ``compare`` transformers is to run the models as well, which keeps a second copy of what is accelerated.
 
     Raises:
         ModelUnavailableError, UnsupportedModelError, ValueError: in words that say what to do.
     """
-    model = load_model(target, dtype=dtype, device=device, progress=tell)
+    model = load_model(target, dtype=engine.dtype, device=engine.device, progress=tell)
     tokenizer = load_tokenizer(target, progress=tell)
     for name in draft_models:
-        _check_tokenizers(tokenizer, name)
-    drafts = tuple(load_model(name, dtype=dtype, device=device, progress=tell) for name in draft_models)
-
-    runtime = Runtime(model, drafts, accelerate=accelerate, cuda_graphs=cuda_graphs, in_place=not compare)
+        check_tokenizers(tokenizer, name)
+    drafts = tuple(load_model(name, dtype=engine.dtype, device=engine.device, progress=tell) for name in draft_models)
+    runtime = Runtime(model, drafts, accelerate=engine.accelerate, cuda_graphs=engine.cuda_graphs, in_place=not compare)
     return Loaded(model, runtime, tokenizer, drafts)
 
 
-def _check_tokenizers(tokenizer: Any, draft_model: str) -> None:
+def check_tokenizers(tokenizer: Any, draft_model: str) -> None:
     """Refuse a draft model that means other tokens by the same ids; one without a tokenizer is taken at its word.
 
     Raises:
@@ -72,11 +62,11 @@ def _check_tokenizers(tokenizer: Any, draft_model: str) -> None:
         other = load_tokenizer(draft_model, progress=tell)
     except (ModelUnavailableError, ValueError):
         return
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    agree = sum(theirs.get(token) == number for token, number in ours.items())
-    if agree < 0.99 * len(ours):
+    target_ids, draft_ids = tokenizer.get_vocab(), other.get_vocab()
+    agree = sum(draft_ids.get(token) == number for token, number in target_ids.items())
+    if agree < 0.99 * len(target_ids):
         raise UnsupportedModelError(
-            f"the tokenizer of draft model {draft_model!r} gives the target's ids to {agree} of {len(ours)} tokens: they do "
+            f"the tokenizer of draft model {draft_model!r} gives the target's ids to {agree} of {len(target_ids)} tokens: they do "
             "not share a vocabulary; use a draft model of the same family, or a drafter without a model such as 'ngram'"
         )
 
@@ -116,7 +106,7 @@ def all_model_facts(target: str, draft_models: Sequence[str]) -> dict[str, Any]:
 def model_facts(name: str) -> dict[str, Any]:
     """What provenance says of a model: its id, and for a built-in one where its weights come from."""
     facts: dict[str, Any] = {"id": name}
-    if name in [known.name for known in known_models()] and is_fetched(name):
+    if name in [builtin.name for builtin in known_models()] and is_fetched(name):
         source = json.loads((model_path(name) / "specdec_source.json").read_text("utf-8"))
         facts |= {key: source[key] for key in ("source", "sha256", "member", "conversion_version")}
     return facts

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from specdec import __version__
-from specdec.cli import bench, doctor, export, figures, generate, models, report, train, tune
+from specdec.cli import bench, doctor, export, figures, generate, models, report, serve, train, tune
+from specdec.cli.groups import GroupedCommand
 from specdec.errors import SpecdecError
 
 app = typer.Typer(
@@ -21,12 +22,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
-app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
-app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
+app.command("generate", cls=GroupedCommand, epilog=generate.EXAMPLE)(generate.generate)
+app.command("bench", cls=GroupedCommand, epilog=bench.EXAMPLE)(bench.bench)
+app.command("serve", cls=GroupedCommand, epilog=serve.EXAMPLE)(serve.serve)
+app.command("tune", cls=GroupedCommand, epilog=tune.EXAMPLE)(tune.tune)
 app.command("report", epilog=report.EXAMPLE)(report.report)
 app.command("figures", epilog=figures.EXAMPLE)(figures.figures)
-app.command("train", epilog=train.EXAMPLE)(train.train)
+app.add_typer(train.app, name="train")
 app.command("export", epilog=export.EXAMPLE)(export.export)
 app.add_typer(models.app, name="models")
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)

@@ -92,16 +92,18 @@ class Judge:
         place = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
         if place is None:  # one stops where the other goes on: no token was chosen differently
             place = min(len(expected), len(got))
-            wanted, found = (ids[place] if place < len(ids) else None for ids in (expected, got))
-            return Difference(question_id, turn, place, wanted, found, None, False)
+            wanted, other = (ids[place] if place < len(ids) else None for ids in (expected, got))
+            return Difference(question_id, turn, place, wanted, other, None, False)
         ids, pair = [*prompt, *expected[:place]], (expected[place], got[place])
         margin = self._margin(self._masked(self._logits(ids), expected[:place]), ids, key, pair)
         if margin > self.tolerance and self.model.dtype in (torch.bfloat16, torch.float16):
             blocks = (self._block_logits(ids, size) for size in _BLOCKS if size < len(ids))
             allowed = (self._masked(logits, expected[:place]) for logits in blocks)
             margin = min([margin, *(self._margin(logits, ids, key, pair) for logits in allowed)])
-        known = margin if math.isfinite(margin) else None
-        return Difference(question_id, turn, place, expected[place], got[place], known, margin <= self.tolerance)
+        finite_margin = margin if math.isfinite(margin) else None
+        return Difference(
+            question_id, turn, place, expected[place], got[place], finite_margin, margin <= self.tolerance
+        )
 
     def _masked(self, logits: Tensor, text: Sequence[int]) -> Tensor:
         """``logits`` (V,) without what the grammar excludes behind ``text``."""

@@ -29,12 +29,12 @@ def _list_by_default(context: typer.Context) -> None:
 @app.command("list")
 def list_models() -> None:
     """List the built-in models and where they lie."""
-    for known in known_models():
-        state = f"fetched, in {model_path(known.name)}" if is_fetched(known.name) else "not fetched"
-        default = ", the default" if known.name == DEFAULT_MODEL else ""
-        typer.echo(f"{known.name}: {state}")
+    for builtin in known_models():
+        state = f"fetched, in {model_path(builtin.name)}" if is_fetched(builtin.name) else "not fetched"
+        default = ", the default" if builtin.name == DEFAULT_MODEL else ""
+        typer.echo(f"{builtin.name}: {state}")
         typer.echo(
-            f"  {known.description}; {known.licence}; {known.download_mb} MB to download, {known.disk_mb} MB on disk{default}"
+            f"  {builtin.description}; {builtin.licence}; {builtin.download_mb} MB to download, {builtin.disk_mb} MB on disk{default}"
         )
     typer.echo("Besides these, any folder or Hugging Face Hub id of a causal language model can be named.")
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdec.settings import meaning
+from specdec.settings import DEFAULTS, Settings, meaning
 
 if TYPE_CHECKING:
-    from specdec.grammar.inputs import Grammar
     from specdec.records.tuned import Tuned
 
 Target = Annotated[
@@ -61,47 +61,47 @@ Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", help="CPU threads of the model; torch's own choice by default.")
 ]
 
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """How the models run here."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    threads: Threads = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(Machine):
+    """How the models run here."""
+
+    accelerate: Accelerate = True
+    cuda_graphs: CudaGraphs = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """How to speculate.
+
+    Named as in ``specdec.settings``; all of them are passed to ``specdec.generate``.
+    """
+
+    verifier: Verifier = str(DEFAULTS.verifier)
+    max_nodes: MaxNodes = DEFAULTS.max_nodes
+    adaptive: Adaptive = DEFAULTS.adaptive
+    seed: Seed = 0
+
+    def settings(self, **others: Any) -> Settings:
+        """These options, with ``others`` beside them or in their place."""
+        return Settings(**{**{field.name: getattr(self, field.name) for field in fields(Speculation)}, **others})
+
+
 Config = Annotated[
     Path | None,
     typer.Option(
         "--config", metavar="FILE.json", help="Settings of specdec tune: drafter, --max-nodes and --adaptive/--fixed."
     ),
 ]
-
-JsonSchema = Annotated[
-    Path | None, typer.Option("--json-schema", metavar="FILE.json", help="Write JSON that this schema allows.")
-]
-Regex = Annotated[
-    str | None,
-    typer.Option("--regex", metavar="PATTERN", help="Write text that this regular expression matches whole."),
-]
-GrammarFile = Annotated[
-    Path | None, typer.Option("--grammar", metavar="FILE.lark", help="Write text that this Lark grammar derives.")
-]
-Choices = Annotated[str | None, typer.Option("--choices", metavar="A,B,...", help="Write one of these.")]
-
-
-def read_grammar(
-    json_schema: Path | None, regex: str | None, grammar: Path | None, choices: str | None
-) -> Grammar | None:
-    """The one of these that was given.
-
-    Raises:
-        ValueError: more than one, or one that cannot be read.
-    """
-    from specdec.grammar.inputs import Grammar
-
-    given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar, "--choices": choices}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(f"{' and '.join(names)} cannot both hold: choose one of them")
-    if json_schema is not None:
-        return Grammar.json_schema(json_schema)
-    if regex is not None:
-        return Grammar.regex(regex)
-    if grammar is not None:
-        return Grammar.lark(grammar)
-    return None if choices is None else Grammar.choices(choices.split(","))
 
 
 def read_config(path: Path | None) -> Tuned | None:

@@ -29,10 +29,10 @@ def report(
     if output.resolve() in [run.expanduser().resolve() for run in runs]:
         raise ValueError(f"--output {output} is one of the runs; name another file")
     check_writable(output, "--output")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         page = build([run.expanduser() for run in runs])
-    for warning in told:
+    for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     write_text(output, page)
     print(f"written to {output} ({len(page) / 1e6:.1f} MB)")

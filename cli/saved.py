@@ -22,14 +22,14 @@ def sampling_options(
     temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, *, is_saved: bool
 ) -> dict[str, Any]:
     """What generate() is told: the options that were given; without the saved config (not ``is_saved``) all of them."""
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     if not is_saved:
         neutral = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        given = {name: neutral[name] if value is None else value for name, value in given.items()}
-    told = {name: value for name, value in given.items() if value is not None}
-    if "temperature" in told:
-        told["do_sample"] = told["temperature"] > 0
-    return told if told.get("do_sample", True) else {"do_sample": False}
+        values = {name: neutral[name] if value is None else value for name, value in values.items()}
+    options = {name: value for name, value in values.items() if value is not None}
+    if "temperature" in options:
+        options["do_sample"] = options["temperature"] > 0
+    return options if options.get("do_sample", True) else {"do_sample": False}
 
 
 @contextmanager

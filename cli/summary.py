@@ -75,7 +75,7 @@ def _numbers(results: Results, method: Method, category: str | None) -> dict[str
     groups = [group for group, _ in counted]
     speedup = geometric_mean([_rate(g, method) / _rate(g, baseline) for g in groups], weights)
     decode = [(_decode_rate(g, method), _decode_rate(g, baseline), w) for g, w in zip(groups, weights, strict=True)]
-    decode = [each for each in decode if each[0] > 0 and each[1] > 0]
+    decode = [pair for pair in decode if pair[0] > 0 and pair[1] > 0]
     ratio = geometric_mean([a / b for a, b, _ in decode], [w for *_, w in decode]) if decode else None
     totals = _Totals.of(method, counted)
     plain = next((m for m in results.methods if m.name == PLAIN), None)
@@ -148,23 +148,23 @@ class _Totals:
                 _count_blocks(self.stats, output.blocks[i])
 
     def as_dict(self, *, is_own: bool) -> dict[str, Any]:
-        stats, known = self.stats, _if(is_own)
+        stats, if_own = self.stats, _if(is_own)
         return {
             "num_outputs": self.num_outputs,
             "num_tokens": self.num_tokens,
             "tokens_per_s": self.num_tokens / self.wall_s,
             "mean_acceptance_length": stats.mean_acceptance_length,
             "num_drafts": stats.num_drafts,
-            "num_draft_tokens": known(stats.num_draft_tokens),
+            "num_draft_tokens": if_own(stats.num_draft_tokens),
             "num_accepted_tokens": stats.num_accepted_tokens,
             "accepted_per_pos": stats.num_accepted_tokens_per_pos,
-            "draft_s": known(stats.draft_s),
-            "score_s": known(stats.score_s),
-            "verify_s": known(stats.verify_s),
+            "draft_s": if_own(stats.draft_s),
+            "score_s": if_own(stats.score_s),
+            "verify_s": if_own(stats.verify_s),
             "wall_s": self.wall_s,
             "prefill_s": self.prefill_s,
-            "model_s": known(self.model_s),
-            "host_s": known(self.wall_s - self.model_s),
+            "model_s": if_own(self.model_s),
+            "host_s": if_own(self.wall_s - self.model_s),
         }
 
 

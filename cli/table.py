@@ -108,9 +108,9 @@ def notes(summary: Mapping[str, Any]) -> Iterator[str]:
         return
     settings = summary["provenance"]["settings"]
     yield _comparison(settings, is_lossless=all(row["lossless"] for row in rows if row["method"] != SYNTHETIC))
-    found = [(row, difference) for row in rows for difference in row["match"]["differences"]]
-    ties = [each for each in found if each[1]["is_explained"]]
-    for row, difference in [each for each in found if not each[1]["is_explained"]] + ties[:_TIES_SHOWN]:
+    differences = [(row, difference) for row in rows for difference in row["match"]["differences"]]
+    ties = [entry for entry in differences if entry[1]["is_explained"]]
+    for row, difference in [entry for entry in differences if not entry[1]["is_explained"]] + ties[:_TIES_SHOWN]:
         yield _difference(row, difference)
     if len(ties) > _TIES_SHOWN:
         yield f"{len(ties) - _TIES_SHOWN} more outputs differ at near ties; --output writes all of them."

@@ -2,117 +2,126 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from specdec.cli import options
+from specdec.cli.groups import GroupedCommand, grouped
 from specdec.cli.text import tell
-from specdec.cli.train_data import SELF, Source
-from specdec.hub.catalog import DEFAULT_MODEL, known_models
+from specdec.cli.train_data import Source
+from specdec.drafters.training.recipes import DraftRecipe, EagleRecipe, MedusaRecipe, TableRecipe
+from specdec.hub.catalog import known_models
 from specdec.hub.load import load_model, load_tokenizer
 
-EXAMPLE = "Example: specdec train eagle --conversations 2000 --minutes 30 --output my-eagle"
+if TYPE_CHECKING:
+    from specdec.drafters.training.job import Facts, Job
+
+RecipeT = TypeVar("RecipeT", MedusaRecipe, EagleRecipe, DraftRecipe, TableRecipe)
+
 _NUM_JUDGES = 24  # held-out questions that the finished drafter is judged on
 _JUDGED_TOGETHER = 8
 _JUDGED_NODES = 16
 _PATIENCE = timedelta(days=7)  # of the processes that wait while the first one makes the data
 
+app = typer.Typer(
+    help="Train a drafter for a target.\n\nThree stages, each of which resumes where it was stopped: the target writes and "
+    "answers questions (or answers yours), its hidden states are computed once, and the drafter is trained on them. Ends "
+    "with the mean acceptance length on held-out questions.",
+    epilog="Example: specdec train eagle --conversations 2000 --minutes 30 --output my-eagle",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
-class Kind(StrEnum):
-    MEDUSA = "medusa"
-    EAGLE = "eagle"
-    DRAFT = "draft"
-    RECYCLING = "recycling"
+Output = Annotated[Path, typer.Option(metavar="DIR", help="The finished drafter, and the state of the run.")]
 
 
-def train(
-    kind: Annotated[
-        Kind,
-        typer.Argument(help="medusa: heads; eagle: an EAGLE-3 cell; draft: a small causal LM; recycling: a table."),
-    ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The finished drafter, and the state of the run.")],
-    target: options.Target = DEFAULT_MODEL,
-    data: Annotated[
-        str,
-        typer.Option(metavar="FILE", help=f"Questions as JSONL, as for bench; {SELF}: the target writes them itself."),
-    ] = SELF,
-    conversations: Annotated[int, typer.Option(metavar="N", help="How many the target answers.")] = 2000,
-    max_answer_tokens: Annotated[int, typer.Option(metavar="N", help="The longest answer.")] = 256,
-    work: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keeps text and features for other runs; default: in the cache folder."),
-    ] = None,
-    epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the data.")] = 3.0,
-    minutes: Annotated[
-        float | None, typer.Option(metavar="X", help="Train for this time instead; the schedule fits it.")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Default: 1e-3; for draft 3e-4.")] = None,
-    draft_vocab: Annotated[
-        int, typer.Option(metavar="N", help="Token ids that medusa and eagle can draft: the most used ones; 0: all.")
-    ] = 16384,
-    heads: Annotated[int, typer.Option(metavar="N", help="medusa: how many tokens ahead.")] = 4,
-    head_layers: Annotated[int, typer.Option(metavar="N", help="medusa: residual blocks of a head.")] = 1,
-    own_output: Annotated[
-        bool,
-        typer.Option("--own-output", help="medusa and eagle: train an output matrix instead of using the target's."),
-    ] = False,
-    steps: Annotated[int, typer.Option(metavar="N", help="eagle: steps of the training-time test.")] = 3,
-    layers: Annotated[int, typer.Option(metavar="N", help="draft: decoder layers to keep.")] = 8,
-    contexts: Annotated[int, typer.Option(metavar="N", help="recycling: the most frequent ones are kept.")] = 250_000,
-    start_from: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Go on from this finished drafter, on other text, instead of from the target."
-        ),
-    ] = None,
-    batch_tokens: Annotated[int, typer.Option(metavar="N", help="Padded tokens of a training step.")] = 2048,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows that are generated at a time.")] = 64,
-    precision: Annotated[str, typer.Option(metavar="NAME", help="Of training: bf16, fp16 or no.")] = "bf16",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    seed: options.Seed = 0,
-) -> None:
-    """Train a drafter for a target.
+def _command(function: Callable[..., None]) -> None:
+    """Register ``function`` as the subcommand of its name."""
+    name = function.__name__
+    epilog = f"Example: specdec train {name} --target MODEL --output my-{name}"
+    app.command(name, cls=GroupedCommand, epilog=epilog)(grouped(function))
 
-    Three stages, each of which goes on where it was stopped: the target writes and answers questions (or answers
-    yours), its hidden states are computed once, and the drafter is trained on them. Ends with the mean acceptance
-    length on held-out questions.
+
+@_command
+def medusa(output: Output, recipe: MedusaRecipe, source: Source, machine: options.Machine) -> None:
+    """Medusa heads on the last hidden state.
+
+    One head for each position ahead (Cai et al., 2024): the lowest cost per draft.
     """
+    from specdec.drafters.training.medusa import train_medusa
+
+    _train(train_medusa, recipe, output, source, machine)
+
+
+@_command
+def eagle(output: Output, recipe: EagleRecipe, source: Source, machine: options.Machine) -> None:
+    """EAGLE-3's layer over three hidden states.
+
+    One decoder layer that runs on its own outputs (Li et al., 2025): the most accepted tokens for its cost. Needs a target
+    with at least three layers.
+    """
+    from specdec.drafters.training.eagle import train_eagle
+
+    _train(train_eagle, recipe, output, source, machine)
+
+
+@_command
+def draft(output: Output, recipe: DraftRecipe, source: Source, machine: options.Machine) -> None:
+    """A small LM of the target's own layers.
+
+    Some of its decoder layers, taught to answer like all of them; works with anything that takes a draft model.
+    """
+    from specdec.drafters.training.draft import train_draft
+
+    _train(train_draft, recipe, output, source, machine)
+
+
+@_command
+def recycling(output: Output, recipe: TableRecipe, source: Source, machine: options.Machine) -> None:
+    """A start table for Token Recycling.
+
+    What the target expects after frequent contexts of its own text (Luo et al., 2024). Nothing is fitted.
+    """
+    from specdec.drafters.training.start_table import train_table
+
+    _train(train_table, recipe, output, source, machine)
+
+
+def _train(
+    train: Callable[[Job, RecipeT], Facts], recipe: RecipeT, output: Path, source: Source, machine: options.Machine
+) -> None:
     from accelerate import PartialState
 
-    from specdec.drafters.training.job import Job, Recipe, usage
-    from specdec.drafters.training.loop import TrainSettings
+    from specdec.drafters.training.card import save_card, usage
+    from specdec.drafters.training.job import Job
 
-    options.set_threads(threads)
-    rate = (3e-4 if kind is Kind.DRAFT else 1e-3) if learning_rate is None else learning_rate
-    settings = TrainSettings(epochs, minutes, rate, precision=precision, seed=seed)
-    start = None if start_from is None else str(start_from)
-    sizes = (batch_tokens, draft_vocab, heads, head_layers)
-    recipe = Recipe(kind.value, settings, *sizes, own_output, steps, layers, contexts, start)
-    source = Source(target, data, conversations, max_answer_tokens, batch_size, seed, work)
+    options.set_threads(machine.threads)
+    if not isinstance(recipe, TableRecipe):
+        recipe = replace(recipe, settings=replace(recipe.settings, seed=source.seed))
     folder = output.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    processes = PartialState(cpu=device == "cpu", timeout=_PATIENCE)  # one, unless accelerate launch started more
+    processes = PartialState(
+        cpu=machine.device == "cpu", timeout=_PATIENCE
+    )  # one, unless accelerate launch started more
     with processes.main_process_first():
-        model, tokenizer = load_plain(target, dtype, device)
-        store, texts = source.prepare(model, tokenizer, needs_layers=kind is Kind.EAGLE)
-    job = Job(model, store, recipe, folder, tell)
-    facts = job.run()
+        model, tokenizer = load_plain(source.target, machine.dtype, machine.device)
+        store, texts = source.prepare(model, tokenizer, needs_layers=recipe.kind == "eagle")
+    facts = Job(model, store, folder, tell).run(train, recipe)
     if not processes.is_main_process:
         return
-    if kind is Kind.DRAFT:
+    if recipe.kind == "draft":
         tokenizer.save_pretrained(folder)
-    length = acceptance(kind, folder, model, [list(text.tokens[: text.num_prompt]) for text in texts[-_NUM_JUDGES:]])
+    questions = [list(text.tokens[: text.num_prompt]) for text in texts[-_NUM_JUDGES:]]
+    length = acceptance(recipe.kind, folder, model, questions)
     tell(f"mean acceptance length on {_NUM_JUDGES} held-out questions, greedy: {length:.2f}")
-    job.save_card(
-        target, licence(target), {**facts, "mean_acceptance_length": round(length, 3), "conversations": len(texts)}
-    )
-    print(f"{folder}: use it with {usage(kind, folder)}")
+    facts |= {"mean_acceptance_length": round(length, 3), "conversations": len(texts)}
+    save_card(folder, source.target, licence(source.target), recipe, facts)
+    print(f"{folder}: use it with {usage(recipe.kind, folder)}")
 
 
 def load_plain(target: str, dtype: str, device: str) -> tuple[Any, Any]:
@@ -121,17 +130,17 @@ def load_plain(target: str, dtype: str, device: str) -> tuple[Any, Any]:
     return model, load_tokenizer(target, progress=tell)
 
 
-def acceptance(kind: Kind, folder: Path, model: Any, questions: list[list[int]]) -> float:
+def acceptance(kind: str, folder: Path, model: Any, questions: list[list[int]]) -> float:
     """Mean acceptance length of the finished drafter with the tree that it would draft, greedy."""
     from specdec.cli.acceptance import measure_acceptance
-    from specdec.drafters.training.job import trained_drafter
+    from specdec.drafters.training.card import trained_drafter
 
-    drafts = (load_model(str(folder), dtype="auto", device=str(model.device)),) if kind is Kind.DRAFT else ()
-    spec = "model:shape=best-first" if kind is Kind.DRAFT else trained_drafter(kind, folder)
+    drafts = (load_model(str(folder), dtype="auto", device=str(model.device)),) if kind == "draft" else ()
+    spec = "model:shape=best-first" if kind == "draft" else trained_drafter(kind, folder)
     stats = measure_acceptance(model, spec, questions, _JUDGED_NODES, drafts, _JUDGED_TOGETHER)
     return stats.mean_acceptance_length
 
 
 def licence(target: str) -> str:
     """A built-in target's licence; of others it is not known."""
-    return next((known.licence.lower() for known in known_models() if known.name == target), "other")
+    return next((builtin.licence.lower() for builtin in known_models() if builtin.name == target), "other")

@@ -6,15 +6,20 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from specdec.cli import options
 from specdec.cli.text import tell
-from specdec.hub.catalog import cache_dir
+from specdec.hub.catalog import DEFAULT_MODEL, cache_dir
 
 if TYPE_CHECKING:
-    from specdec.drafters.training.data import Chat, Conversation, DataFolder
+    from specdec.drafters.training.data import Conversation, DataFolder
     from specdec.drafters.training.features import FeatureStore
+    from specdec.drafters.training.generator import Chat
 
 SELF = "self"  # instead of a file: the target writes the questions
 _SHOW_EVERY_S = 10.0
@@ -28,13 +33,19 @@ class Source:
         ValueError: too few conversations, or a file of questions that cannot be read.
     """
 
-    target: str
-    data: str  # a file of questions, or SELF
-    count: int
-    max_answer_tokens: int
-    batch_size: int
-    seed: int
-    work: Path | None
+    target: options.Target = DEFAULT_MODEL
+    data: Annotated[
+        str,
+        typer.Option(metavar="FILE", help=f"Questions as JSONL, as for bench; {SELF}: the target writes them itself."),
+    ] = SELF
+    conversations: Annotated[int, typer.Option(metavar="N", help="How many the target answers.")] = 2000
+    max_answer_tokens: Annotated[int, typer.Option(metavar="N", help="The longest answer.")] = 256
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows that are generated at a time.")] = 64
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keeps text and features for other runs; default: in the cache folder."),
+    ] = None
+    seed: options.Seed = 0
     _texts: tuple[str, ...] = field(init=False)  # of a file's questions
 
     def __post_init__(self) -> None:
@@ -51,7 +62,7 @@ class Source:
 
     @property
     def _count(self) -> int:
-        return self.count if self.data == SELF else min(self.count, len(self._texts))
+        return self.conversations if self.data == SELF else min(self.conversations, len(self._texts))
 
     @property
     def _folder(self) -> Path:
@@ -71,14 +82,15 @@ class Source:
         store = FeatureStore(self._folder / "features", layers)
         whole_shards = texts[: len(texts) // SHARD * SHARD]
         total = sum(min(len(text.tokens), store.max_length) for text in whole_shards)
-        progress, done = Progress("features, tokens"), 0
+        progress, num_tokens = Progress("features, tokens"), 0
         for size in store.build(model, texts):
-            done += size
-            progress.show(done, total)
+            num_tokens += size
+            progress.show(num_tokens, total)
         return store, texts
 
     def _write(self, model: Any, tokenizer: Any) -> list[Conversation]:
-        from specdec.drafters.training.data import Chat, DataFolder, DataSettings
+        from specdec.drafters.training.data import DataFolder, DataSettings
+        from specdec.drafters.training.generator import Chat
 
         has_template = bool(getattr(tokenizer, "chat_template", None))
         chat = Chat.of(tokenizer) if self.data == SELF or has_template else Chat.plain(tokenizer)
@@ -94,21 +106,22 @@ class Source:
     def _generate(self, model: Any, chat: Chat, folder: DataFolder) -> None:
         from specdec.cli.loading import check_prompt, eos_ids
         from specdec.cpu.accelerate import accelerated
-        from specdec.drafters.training.data import OPENERS, Generator
-        from specdec.engine.causal_lm import CausalLM
-        from specdec.verifiers import make_verifier
+        from specdec.drafters.training.generator import OPENERS, Generator
+        from specdec.runtime import Runtime
+        from specdec.settings import Settings
 
-        engine, settings = CausalLM(accelerated(model)), folder.settings
-        own = self.data == SELF
-        openers = [json.loads(line) for line in OPENERS.read_text("utf-8").splitlines()] if own else []
-        questions = None if own else [chat.encode(text) for text in self._texts]
+        runtime, settings = Runtime(accelerated(model)), folder.settings  # a copy that ends with this function
+        asks_itself = self.data == SELF
+        openers = [json.loads(line) for line in OPENERS.read_text("utf-8").splitlines()] if asks_itself else []
+        questions = None if asks_itself else [chat.encode(text) for text in self._texts]
         for i, question in enumerate(questions or [[0] * settings.max_question_tokens], start=1):
             what = "a conversation" if questions is None else f"question {i} of {self.data}"
-            check_prompt(engine, chat.prompt(question), settings.max_answer_tokens, what)
-        rule, ends = make_verifier("match"), eos_ids(model)
-        generator = Generator(engine, rule, ends, chat, settings, openers, questions, self.batch_size)
-        progress, done, tokens = Progress("conversations"), settings.count - len(folder.missing()), 0
-        for number, text in enumerate(generator.run(folder), start=done + 1):
+            check_prompt(runtime.target, chat.prompt(question), settings.max_answer_tokens, what)
+        plain = Settings(drafter="none", adaptive=False, seed=settings.seed)
+        make_decoder = partial(runtime.decoder, plain)
+        generator = Generator(make_decoder, eos_ids(model), chat, settings, openers, questions, self.batch_size)
+        progress, num_there, tokens = Progress("conversations"), settings.count - len(folder.missing()), 0
+        for number, text in enumerate(generator.run(folder), start=num_there + 1):
             tokens += text.num_answer
             progress.show(number, settings.count, f"{tokens} answer tokens")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.cli import options
+from specdec.cli.groups import grouped
 from specdec.cli.text import tell
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.records.prompts import BUILTIN
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: specdec tune --drafter ngram --batch-size 1 --limit 16 --output tuned.json"
 _NUM_RACERS = 6
-_TREE_SIZES = (4, 8, 16, 32)  # with the root, as in the literature
 
 
+@grouped
 def tune(
     target: options.Target = DEFAULT_MODEL,
     drafter: Annotated[
@@ -48,11 +49,6 @@ def tune(
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
     max_nodes: options.MaxNodes = DEFAULTS.max_nodes,
-    accelerate: options.Accelerate = True,
-    cuda_graphs: options.CudaGraphs = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
     seconds: Annotated[
         float, typer.Option(metavar="S", help="For recording, and again for the race, of each batch size, at most.")
     ] = 300.0,
@@ -60,6 +56,8 @@ def tune(
     show_tree: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Draw the best static trees for a tuned file, and end.")
     ] = None,
+    *,
+    engine: options.Engine,
 ) -> None:
     """Find the fastest configuration for a target on this machine and write it to a file.
 
@@ -68,15 +66,17 @@ def tune(
     take the file.
     """
     if show_tree is not None:
-        _show_trees(show_tree)
+        from specdec.cli.tune_table import print_trees
+
+        print_trees(show_tree)
         return
     sizes = _batch_sizes(batch_size)
     for name, value, least in (("max_new_tokens", max_new_tokens, 2), ("max_nodes", max_nodes, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    options.set_threads(threads)
+    options.set_threads(engine.threads)
     from specdec.cli.loading import all_model_facts, eos_ids, load
-    from specdec.drafters import parse_drafter
+    from specdec.drafters import parse_drafter, resolved_drafter
     from specdec.engine.causal_lm import CausalLM
     from specdec.records.files import check_writable, write_json
     from specdec.records.provenance import collect
@@ -87,17 +87,20 @@ def tune(
 
     output = output.expanduser()
     check_writable(output, "--output")
-    asked = drafter or (["model", "ngram"] if drafter_model else ["ngram", "hybrid"])
-    for spec in asked:
+    drafters = [
+        resolved_drafter(spec, bool(drafter_model))
+        for spec in drafter or (["model", "ngram"] if drafter_model else ["ngram", "hybrid"])
+    ]
+    for spec in drafters:
         parse_drafter(spec)
     rule, params = make_verifier(verifier), SamplingParams(temperature)
-    loaded = load(target, drafter_model or (), dtype, device, accelerate=accelerate, cuda_graphs=cuda_graphs)
-    specs = _specs(asked, can_tree=not any(CausalLM(model).chain_only for model in loaded.runtime.draft_models))
+    loaded = load(target, drafter_model or (), engine)
+    specs = _specs(drafters, can_tree=not any(CausalLM(model).chain_only for model in loaded.runtime.draft_models))
     ids = _prompt_ids(loaded, prompts, limit, max_new_tokens)
     setting = Setting(loaded.runtime, rule, params, eos_ids(loaded.model), max_new_tokens)
     models = all_model_facts(target, drafter_model or ())
-    found = {str(size): _tune(setting, specs, ids, size, max_nodes, seconds) for size in sizes}
-    told = {
+    per_batch_size = {str(size): _tune(setting, specs, ids, size, max_nodes, seconds) for size in sizes}
+    facts = {
         "verifier": verifier,
         "prompts": prompts,
         "num_prompts": len(ids),
@@ -106,24 +109,24 @@ def tune(
         "drafters": specs,
         "max_nodes": max_nodes,
         "seconds": seconds,
-        "accelerate": accelerate,
-        "cuda_graphs": cuda_graphs,
+        "accelerate": engine.accelerate,
+        "cuda_graphs": engine.cuda_graphs,
     }
     where = collect(
-        ["specdec", *sys.argv[1:]], dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=told
+        ["specdec", *sys.argv[1:]], dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=facts
     )
     file = {"schema": SCHEMA, "kind": KIND, "provenance": where, "target": target}
-    write_json(output, file | {"fingerprint": fingerprint(loaded.model), "per_batch_size": found})
+    write_json(output, file | {"fingerprint": fingerprint(loaded.model), "per_batch_size": per_batch_size})
     print(f"written to {output}; use it with --config {shlex.quote(str(output))}, or drafter={str(output)!r} in Python")
 
 
-def _specs(asked: Sequence[str], can_tree: bool) -> list[str]:
+def _specs(drafters: Sequence[str], can_tree: bool) -> list[str]:
     """Each drafter once, a draft model in all shapes that it ``can_tree`` draft; plain decoding takes part anyway."""
     from specdec.tune.tuning import MODEL_CHAINS, MODEL_TREES
 
     shapes = (*MODEL_CHAINS, *MODEL_TREES) if can_tree else MODEL_CHAINS
-    named = [spec for spec in dict.fromkeys(asked) if spec != "none"]
-    return [each for spec in named for each in (shapes if spec == "model" else (spec,))]
+    drafting = [spec for spec in dict.fromkeys(drafters) if spec != "none"]
+    return [shaped for spec in drafting for shaped in (shapes if spec == "model" else (spec,))]
 
 
 def _batch_sizes(text: str) -> list[int]:
@@ -141,24 +144,25 @@ def _prompt_ids(loaded: Loaded, source: str, limit: int | None, max_new_tokens: 
     from specdec.cli.loading import check_prompt
     from specdec.records.prompts import load_prompts, render_turns
 
-    known = load_prompts(source)
+    chosen = load_prompts(source)
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}; leave it out to take every prompt")
-        count = min(limit, len(known))
-        known = [known[i * len(known) // count] for i in range(count)]
-    found = []
-    for prompt in known:
+        count = min(limit, len(chosen))
+        chosen = [chosen[i * len(chosen) // count] for i in range(count)]
+    prompt_ids = []
+    for prompt in chosen:
         ids = list(render_turns(loaded.tokenizer, prompt, []))
         check_prompt(loaded.target, ids, max_new_tokens, f"question {prompt.question_id}")
-        found.append(ids)
-    return found
+        prompt_ids.append(ids)
+    return prompt_ids
 
 
 def _tune(
     setting: Setting, specs: Sequence[str], prompts: list[list[int]], size: int, max_nodes: int, seconds: float
 ) -> dict[str, Any]:
     """The entry of one batch size. The race takes the batches in the order in which they were recorded."""
+    from specdec.cli.tune_table import print_race
     from specdec.tune.prediction import predict
     from specdec.tune.recording import record
     from specdec.tune.setting import measure_curve
@@ -174,14 +178,14 @@ def _tune(
     racers = finalists(candidates, _NUM_RACERS)
     tell(f"batch size {size}: racing {', '.join(map(str, racers))}")
     best = race(setting, racers, batches, curve, _timer(seconds))
-    _print(size, racers, best, curve)
-    shown = best.record or max(records, key=lambda each: len(each.steps), default=None)
+    print_race(size, racers, best, curve)
+    shown = best.record or max(records, key=lambda record: len(record.steps), default=None)
     return {
         "drafter": best.drafter,
         "max_nodes": best.max_nodes,
         "adaptive": best.adaptive,
         **_speedups(best),
-        "cost_curve": {str(columns): each for columns, each in curve.items()},
+        "cost_curve": {str(columns): seconds_per_pass for columns, seconds_per_pass in curve.items()},
         "acceptance_table": shown.acceptance_table() if shown else [],
         "candidates": [
             {"drafter": c.drafter, "max_nodes": c.max_nodes, "adaptive": c.adaptive, "dropped": c.is_dropped}
@@ -197,56 +201,6 @@ def _timer(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > end
 
 
-def _speedups(each: Candidate) -> dict[str, Any]:
-    return {
-        "predicted": each.predicted,
-        "measured": each.measured,
-        "predicted_decode": each.predicted_decode,
-        "measured_decode": each.measured_decode,
-    }
-
-
-def _print(size: int, racers: Sequence[Candidate], best: Candidate, curve: dict[int, float]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    relative = ", ".join(f"{n}: {each / curve[1]:.2f}" for n, each in curve.items())
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("configuration", overflow="fold")
-    for title in (
-        "whole answer:\npredicted",
-        "\nmeasured [95 %]",
-        "decoding only:\npredicted",
-        "\nmeasured [95 %]",
-        "",
-    ):
-        table.add_column(title, justify="right", no_wrap=True)
-    for each in racers:
-        mark = "best" if each is best else "dropped early" if each.is_dropped else ""
-        whole, decode = (
-            "-" if got is None else "{:.2f}x [{:.2f}, {:.2f}]".format(*got)
-            for got in (each.measured, each.measured_decode)
-        )
-        table.add_row(str(each), f"{each.predicted:.2f}x", whole, f"{each.predicted_decode:.2f}x", decode, mark)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
-    print(f"batch size {size}: a pass of one column takes {1000 * curve[1]:.1f} ms; relative to it {relative}")
-    console.print(table)
-
-
-def _show_trees(path: Path) -> None:
-    """For each batch size the best trees that its acceptance table allows."""
-    from specdec.drafters.trees.shapes import sequoia
-    from specdec.records.tuned import load_tuned
-
-    for entry in load_tuned(path).entries:
-        print(f"batch size {entry.batch_size}, drafter {entry.drafter}")
-        if not entry.acceptance_table:
-            print("no acceptance table: too few drafts were verified")
-            continue
-        for size in _TREE_SIZES:
-            shape = sequoia(entry.acceptance_table, size - 1)
-            expected = shape.expected_tokens(entry.acceptance_table)
-            print(f"\n{size} nodes with the root: {expected:.2f} tokens a step\n{shape.render(entry.acceptance_table)}")
+def _speedups(candidate: Candidate) -> dict[str, Any]:
+    names = ("predicted", "measured", "predicted_decode", "measured_decode")
+    return {name: getattr(candidate, name) for name in names}

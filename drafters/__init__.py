@@ -13,9 +13,10 @@ from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specdec.interfaces import DraftContext, Drafter
+if TYPE_CHECKING:  # names alone must not wait for torch
+    from specdec.interfaces import DraftContext, Drafter
 
 ENTRY_POINTS = "specdec.drafters"
 
@@ -24,7 +25,7 @@ DRAFTERS: dict[str, str] = {
     module.name: f"{__name__}.{module.name}" for module in iter_modules(__path__) if not module.ispkg
 }
 
-Build = Callable[[DraftContext], Drafter]
+Build = Callable[["DraftContext"], "Drafter"]
 
 # option=value, and the comma behind it: a quoted string as in Python, or anything up to the next comma.
 _OPTION = re.compile(
@@ -67,17 +68,17 @@ def parse_drafter(text: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     place = 0
     while place < len(rest):
-        found = _OPTION.match(rest, place)
-        if found is None:
+        match = _OPTION.match(rest, place)
+        if match is None:
             raise ValueError(
                 "drafter options are written name:option=value,option=value, values with a comma in quotes "
                 f'(path="a,b"); got {rest[place:]!r} in {text!r}'
             )
-        key, value = found.groups()
+        key, value = match.groups()
         if key in options:
             raise ValueError(f"drafter option {key} appears twice in {text!r}")
         options[key] = _read(value)
-        place = found.end()
+        place = match.end()
     return name, options
 
 
@@ -90,6 +91,12 @@ def format_drafter(name: str, options: Mapping[str, Any]) -> str:
 def auto_drafter(has_draft_model: bool) -> str:
     """What drafter ``auto`` stands for: a draft model if there is one, else the best of what needs no training."""
     return "model" if has_draft_model else "hybrid"
+
+
+def resolved_drafter(text: str, has_draft_model: bool) -> str:
+    """The drafter that ``text`` names, with ``auto`` replaced by what it stands for."""
+    name, colon, rest = text.partition(":")
+    return (auto_drafter(has_draft_model) if name == "auto" else name) + colon + rest
 
 
 def make_drafter(text: str, context: DraftContext) -> Drafter:
@@ -114,9 +121,9 @@ def build_drafter(name: str, context: DraftContext) -> Drafter:
     except TypeError as error:
         if not context.options:
             raise
-        known = (inspect.getdoc(build) or "see its documentation").splitlines()[0]
+        description = (inspect.getdoc(build) or "see its documentation").splitlines()[0]
         raise ValueError(
-            f"drafter {name!r} does not take these options: {context.options} ({error}). {known}"
+            f"drafter {name!r} does not take these options: {context.options} ({error}). {description}"
         ) from error
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from specdec.drafters.heads.eagle_engine import EagleEngine
 from specdec.drafters.heads.eagle_format import load_eagle
 from specdec.drafters.heads.shipped import find, kept, require_causal_lm, version
-from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder, choose_child_sampling, grow
+from specdec.drafters.trees.expansion import ChildSampling, Shape, choose_child_sampling
+from specdec.drafters.trees.growth import TreeBuilder, grow
 from specdec.drafters.trees.ranking import DraftVocab
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Verdict
 from specdec.rng import Rng

@@ -155,14 +155,14 @@ def _learn(calibration: Calibration, proposal: TokenTree, verified: TokenTree, v
     """Count the proposed nodes that were verified: which of them lie on the accepted path."""
     if not proposal.estimates:
         return
-    known = {(-1, verified.tokens[0]): 0}
+    places = {(-1, verified.tokens[0]): 0}
     for node in range(1, len(verified)):
-        known.setdefault((verified.parents[node], verified.tokens[node]), node)
+        places.setdefault((verified.parents[node], verified.tokens[node]), node)
     accepted = set(verdict.nodes)
     where = [0]
     for node in range(1, len(proposal)):
         parent = where[proposal.parents[node]]
-        place = known.get((parent, proposal.tokens[node]), -1) if parent >= 0 else -1
+        place = places.get((parent, proposal.tokens[node]), -1) if parent >= 0 else -1
         where.append(place)
         if place >= 0:
             above = proposal.estimates[proposal.parents[node]] if parent in accepted else None
@@ -181,8 +181,8 @@ def _build(context: DraftContext, parts: str = "ngram+recycling", enough: float 
     stray = [key for key in options if key.split(".")[0] not in names]
     if stray:
         raise ValueError(f"hybrid options are parts=A+B or part.option=value for one of {names}, got {stray}")
-    made = []
+    drafters = []
     for name in names:
         own = {key.split(".", 1)[1]: value for key, value in options.items() if key.startswith(name + ".")}
-        made.append(build_drafter(name, replace(context, options=own)))
-    return HybridDrafter(made, enough=enough)
+        drafters.append(build_drafter(name, replace(context, options=own)))
+    return HybridDrafter(drafters, enough=enough)

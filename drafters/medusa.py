@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from specdec.cpu.packed_linear import is_packed, pack
 from specdec.drafters.heads.medusa_heads import MedusaHeads, load_medusa, pack_heads
 from specdec.drafters.heads.shipped import draft_dtype, find, kept, require_causal_lm, version
-from specdec.drafters.trees.growth import ChildSampling, Shape, choose_child_sampling
+from specdec.drafters.trees.expansion import ChildSampling, Shape, choose_child_sampling
 from specdec.drafters.trees.ranking import DraftVocab, ranking
 from specdec.drafters.trees.shapes import Path, StaticShape, Table, greedy_growth
 from specdec.engine.offload import loaded
@@ -113,7 +113,9 @@ class MedusaDrafter(Drafter):
         if self.children is ChildSampling.COUPLED and not params.is_greedy:
             here = rng.at(row.key, len(row.tokens))
             rows = torch.split(logits, 1)
-            probs = torch.cat([ranking(each, params, here, d, self._vocab) for d, each in enumerate(rows)])
+            probs = torch.cat(
+                [ranking(head_logits, params, here, d, self._vocab) for d, head_logits in enumerate(rows)]
+            )
         else:
             probs = ranking(logits, params, None, 0, self._vocab)
         width = 1 if limit.chain_only else min(self.top_k, probs.shape[-1])

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder, choose_child_sampling, grow
+from specdec.drafters.trees.expansion import ChildSampling, Shape, choose_child_sampling
+from specdec.drafters.trees.growth import TreeBuilder, grow
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.replay import ReplayPool
 from specdec.engine.wrapped import described
@@ -57,9 +58,9 @@ class ModelDrafter(Drafter):
         return self.children.is_drawn
 
     def begin(self, rows: Sequence[Row]) -> None:
-        known = [row for row in rows if self._can_read(row, row.tokens)]
-        self.engine.open(known, may_outgrow=True)
-        self._builders.update((row, None) for row in known)
+        readable = [row for row in rows if self._can_read(row, row.tokens)]
+        self.engine.open(readable, may_outgrow=True)
+        self._builders.update((row, None) for row in readable)
 
     def propose(
         self, rows: Sequence[Row], limits: Sequence[Limit], params: SamplingParams, rng: Rng
@@ -139,7 +140,8 @@ def _build(
     size = context.target.vocab_size
     parts = []
     for model in context.draft_models:
-        engine = CausalLM(model, replays=_replays(context.target, model))
+        tables = context.target.tables if isinstance(context.target, CausalLM) else None
+        engine = CausalLM(model, replays=_replays(context.target, model), tables=tables, is_owner=False)
         check_vocabulary(engine, context.target)
         if takes_trees and form.branches_inside and engine.chain_only:
             raise ValueError(

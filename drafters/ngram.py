@@ -64,30 +64,30 @@ class ContextIndex:
         for token in tokens:
             for order in range(1, len(latest) + 1):
                 contexts, context = self.successors[order], latest[-order:]
-                known = contexts.get(context)
-                if known is None:
+                counts = contexts.get(context)
+                if counts is None:
                     contexts[context] = {token: 1.0}
                 else:
-                    _count(known, token)
+                    _count(counts, token)
             latest = (*latest, token)[-self.max_order :]
         self.tokens += tokens
 
     def lookup(self, context: Context) -> Iterator[tuple[int, dict[int, float]]]:
         """(order, successors) for the suffixes of ``context`` that have occurred before, longest first."""
         for order in range(min(self.max_order, len(context)), 0, -1):
-            known = self.successors[order].get(context[-order:])
-            if known:
-                yield order, known
+            counts = self.successors[order].get(context[-order:])
+            if counts:
+                yield order, counts
 
 
-def _count(known: dict[int, float], token: int) -> None:
-    """Count ``token`` among the successors ``known`` of one context: the others fade, and a list too long loses its oldest."""
-    count = known.pop(token, 0.0)
-    for other in known:
-        known[other] *= _FADING
-    known[token] = count * _FADING + 1.0
-    if len(known) > MAX_SUCCESSORS:
-        del known[next(iter(known))]
+def _count(counts: dict[int, float], token: int) -> None:
+    """Count ``token`` among the successors ``counts`` of one context: the others fade, and a list too long loses its oldest."""
+    count = counts.pop(token, 0.0)
+    for other in counts:
+        counts[other] *= _FADING
+    counts[token] = count * _FADING + 1.0
+    if len(counts) > MAX_SUCCESSORS:
+        del counts[next(iter(counts))]
 
 
 @dataclass(slots=True)
@@ -137,9 +137,9 @@ class NgramDrafter(Drafter):
 
     def _learn(self, index: ContextIndex, token: int) -> None:
         """Shorter contexts matter only where longer ones did not know the token: they are judged on those cases."""
-        for order, known in index.lookup(tuple(index.tokens[-self.max_order :])):
-            self._rates.learn(order, token in known)
-            if token in known:
+        for order, counts in index.lookup(tuple(index.tokens[-self.max_order :])):
+            self._rates.learn(order, token in counts)
+            if token in counts:
                 return
 
     def _successors(self, index: ContextIndex, context: Context, prob: float) -> dict[int, float]:
@@ -148,8 +148,8 @@ class NgramDrafter(Drafter):
         What one order does not know is left to the shorter one.
         """
         probs: dict[int, float] = {}
-        for order, known in index.lookup(context):
-            new = {token: count for token, count in known.items() if token not in probs} if probs else known
+        for order, counts in index.lookup(context):
+            new = {token: count for token, count in counts.items() if token not in probs} if probs else counts
             total = sum(new.values())
             if total == 0:
                 continue

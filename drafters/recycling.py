@@ -6,82 +6,34 @@ from the paper: longer contexts beside single tokens, prompts as a source (their
 the target thought each successor, and a tree that follows acceptance rates learned as rows go for each such class, not
 a fixed template. One table serves all rows.
 
-Letters for shapes: c contexts, o tokens of a context, k successors, n nodes of one tree, V vocabulary.
+Letters for shapes: k successors, n nodes of one tree.
 """
 
 from __future__ import annotations
 
 import heapq
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from specdec.budget.hit_counts import count_trial
 from specdec.drafters.heads.shipped import SHIPPED, kept, shipped_fault, version
-from specdec.drafters.lookup.successors import (
-    NUM_CLASSES,
-    TEXT_RATES,
-    TYPICAL,
-    Context,
-    Found,
-    StartTable,
-    SuccessorTable,
-    classes_of,
-    keys_of,
-)
+from specdec.drafters.lookup.class_rates import ClassRates
+from specdec.drafters.lookup.start_table import StartTable
+from specdec.drafters.lookup.successors import Context, SuccessorTable, keys_of
+from specdec.drafters.lookup.table_file import load_table, save_table
+from specdec.drafters.lookup.top_tokens import top_successors
 from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import DraftContext, Drafter, Limit, Row, Scores, Target, Verdict
-from specdec.records.files import write_file
 from specdec.rng import Rng
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 
-_FORMAT = 2  # raise it when the layout of a file, the classes or the hash changes
-_BLOCK = 256  # tokens
 _SHIPPED = "smollm2-135m-recycling"
 
 Rates = list[list[float]]  # for each length of context and class
-
-
-@dataclass(slots=True)
-class ClassRates:
-    """How often a successor of each class was the token that came, for each length of context."""
-
-    hits: list[list[float]]  # (max_order + 1, classes)
-    trials: list[list[float]]  # (max_order + 1, classes)
-
-    @classmethod
-    def prior(cls, max_order: int) -> ClassRates:
-        """Worth ten observations: a short context says less than the text that it was seen in."""
-        known = [1 - 0.6 ** (order + 1) for order in range(max_order + 1)]
-        return cls._worth(10.0, [[*(share * rate for rate in TYPICAL), *TEXT_RATES] for share in known])
-
-    @classmethod
-    def averages(cls, max_order: int) -> ClassRates:
-        """Worth thirty: probabilities that are averages over many places hold nearly as they stand."""
-        return cls._worth(30.0, [[*(0.9 * rate for rate in TYPICAL), *TEXT_RATES]] * (max_order + 1))
-
-    @classmethod
-    def _worth(cls, trials: float, rates: list[list[float]]) -> ClassRates:
-        return cls([[trials * rate for rate in row] for row in rates], [[trials] * NUM_CLASSES for _ in rates])
-
-    def learn(self, found: Found, token: int) -> None:
-        """``token`` came where ``found`` were the known successors."""
-        order, tokens, classes = found
-        hits, trials = self.hits[order], self.trials[order]
-        for known, kind in zip(tokens, classes, strict=True):
-            count_trial(hits, trials, kind, known == token)
-
-    def values(self) -> list[list[float]]:
-        """(max_order + 1, classes) acceptance rates."""
-        return [[h / t for h, t in zip(*rows, strict=True)] for rows in zip(self.hits, self.trials, strict=True)]
 
 
 @dataclass(slots=True)
@@ -138,7 +90,7 @@ class RecyclingDrafter(Drafter):
             if not self.path.parent.is_dir():
                 raise ValueError(f"path must lie in a folder that exists, got {self.path}")
             if self.path.exists():
-                _load(self, self.path)
+                self.rates = load_table(self.path, self.table, self.vocab_size)
 
     def begin(self, rows: Sequence[Row]) -> None:
         self._rows.update(rows)
@@ -163,7 +115,7 @@ class RecyclingDrafter(Drafter):
                 self.rates.learn(self.table.find(keys), row.tokens[end])
                 if self.start:
                     self.start_rates.learn(self.start.find(keys), row.tokens[end])
-        successors, classes = _top(scores, self.num_successors)
+        successors, classes = top_successors(scores, self.num_successors)
         contexts: list[Context] = []
         places: list[int] = []  # accepted nodes come last: where contexts are equal, they count
         for row, tree, verdict in zip(rows, trees, verdicts, strict=True):
@@ -191,7 +143,7 @@ class RecyclingDrafter(Drafter):
         """
         if self.path is None:
             raise ValueError("the table has no file: pass path=...")
-        _save(self, Path(self.path))
+        save_table(Path(self.path), self.table, self.rates, self.vocab_size)
 
     def _context(self, row: Row, end: int) -> Context:
         """The last tokens of the row before position ``end``."""
@@ -245,104 +197,6 @@ class RecyclingDrafter(Drafter):
         if sum(estimates) - 1 < self.min_gain:
             return TokenTree.root(tokens[0])
         return TokenTree(tuple(tokens), tuple(parents), estimates=tuple(estimates))
-
-
-def _top(scores: Sequence[Scores], num: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """The best successors of all nodes of all rows (sum of n, k) and their classes, on the host.
-
-    -1 stands where the logits rule a token out.
-    """
-    logits = [score.logits for score in scores]
-    if logits[0].is_cuda:  # one launch for all rows; on the host a copy of all logits would cost more than it saves
-        logits = [torch.cat(logits)]
-    best = [top_tokens(each, num) for each in logits]
-    is_allowed = torch.cat([each.gather(-1, tokens).isfinite() for each, tokens in zip(logits, best, strict=True)])
-    found = torch.cat(best).masked_fill(~is_allowed, -1)
-    # A softmax takes half the time of a log-sum-exp.
-    probs = torch.cat([each.softmax(-1).gather(-1, tokens) for each, tokens in zip(logits, best, strict=True)])
-    return found.to("cpu", torch.int32).numpy(), classes_of(probs.float().cpu().numpy())
-
-
-def top_tokens(logits: Tensor, num: int) -> Tensor:
-    """The ``num`` best tokens (n, num) of ``logits`` (n, V), best first.
-
-    They lie in the blocks of the vocabulary whose best logits are highest, which are found sooner than they are.
-    """
-    size = _BLOCK * num
-    num_blocks = logits.shape[1] // _BLOCK
-    if logits.is_cuda or num_blocks < 4 * num:
-        return logits.topk(num).indices
-    blocks = logits[:, : num_blocks * _BLOCK].view(len(logits), num_blocks, _BLOCK)
-    chosen = blocks.amax(-1).topk(num).indices
-    candidates = torch.cat(
-        [blocks.gather(1, chosen[..., None].expand(-1, -1, _BLOCK)).flatten(1), logits[:, num_blocks * _BLOCK :]], 1
-    )
-    places = candidates.topk(num).indices
-    inside = chosen.gather(1, (places // _BLOCK).clamp(max=num - 1)) * _BLOCK + places % _BLOCK
-    return torch.where(places < size, inside, places - size + num_blocks * _BLOCK)
-
-
-def _facts(drafter: RecyclingDrafter) -> dict[str, int]:
-    """What a file must agree with."""
-    return {
-        "format": _FORMAT,
-        "vocab_size": drafter.vocab_size,
-        "max_order": drafter.max_order,
-        "num_successors": drafter.num_successors,
-        "capacity": drafter.capacity,
-    }
-
-
-def _save(drafter: RecyclingDrafter, path: Path) -> None:
-    table, rates = drafter.table, drafter.rates
-    orders, slots = table.keys.nonzero()
-
-    def write(made: Path) -> None:
-        with made.open("wb") as file:  # given a name, NumPy adds an ending of its own
-            np.savez(
-                file,
-                facts=np.array(list(_facts(drafter).values()), np.int64),
-                slots=np.stack([orders, slots]),
-                keys=table.keys[orders, slots],
-                successors=table.successors[orders, slots],
-                classes=table.classes[orders, slots],
-                rates=np.array([rates.hits, rates.trials]),
-            )
-
-    write_file(path, write, mode=0o600)  # it holds tokens of prompts and outputs
-
-
-def _load(drafter: RecyclingDrafter, path: Path) -> None:
-    advice = f"delete {path}, or name another path"
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            data: dict[str, NDArray[Any]] = dict(file)
-        facts = dict(zip(_facts(drafter), data["facts"].tolist(), strict=True))
-        wrong = [f"{key}={facts[key]}" for key, value in _facts(drafter).items() if facts[key] != value]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a whole table of drafter 'recycling' ({error}); {advice}") from error
-    if wrong:
-        ours = ", ".join(f"{key}={value}" for key, value in _facts(drafter).items())
-        raise ValueError(f"{path} holds a table with {', '.join(wrong)}, and this one has {ours}; {advice}")
-    try:
-        orders, slots = data["slots"]
-        found = np.asarray(data["successors"], np.int32)
-        if found.min(initial=0) < -1 or found.max(initial=0) >= drafter.vocab_size:
-            raise ValueError("token ids outside the vocabulary")
-        if min(orders.min(initial=0), slots.min(initial=0)) < 0:
-            raise ValueError("slots outside the table")
-        classes = np.asarray(data["classes"], np.uint8)
-        if classes.max(initial=0) >= NUM_CLASSES:
-            raise ValueError("unknown classes")
-        hits, trials = data["rates"].reshape(2, drafter.max_order + 1, NUM_CLASSES)
-        if not ((hits >= 0).all() and (trials > 0).all() and (hits <= trials).all() and np.isfinite(trials).all()):
-            raise ValueError("rates that are none")
-        drafter.table.keys[orders, slots] = data["keys"]
-        drafter.table.successors[orders, slots] = found
-        drafter.table.classes[orders, slots] = classes
-        drafter.rates = ClassRates(hits.tolist(), trials.tolist())
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole table of drafter 'recycling' ({error}); {advice}") from error
 
 
 def build(context: DraftContext) -> Drafter:

@@ -133,30 +133,30 @@ class SuffixDrafter(Drafter):
 
     def _longest(self, store: Any, number: int, context: list[int], num: int) -> list[_Match]:
         """The longest match in one store, found by bisection, and shorter ones below it."""
-        low, high, found = 0, len(context) - 1, list[_Match]()
+        low, high, matches = 0, len(context) - 1, list[_Match]()
         while low < high:
             middle = (low + high + 1) // 2
             draft = _ask(store, number, context, middle, num)
             if draft is None:
                 high = middle - 1
             else:
-                low, found = middle, [_Match.of(draft)]
+                low, matches = middle, [_Match.of(draft)]
         for length in _SHORTER:
-            if length < low and len(found) < _MAX_MATCHES:
+            if length < low and len(matches) < _MAX_MATCHES:
                 draft = _ask(store, number, context, length, num)
-                found += [_Match.of(draft)] if draft is not None else []
-        return found
+                matches += [_Match.of(draft)] if draft is not None else []
+        return matches
 
     def _learn(self, match: _Match, new: Sequence[int]) -> None:
         node = -1
         for depth, token in enumerate(new):
-            known = match.children.get(node)
-            if known is None:
+            children = match.children.get(node)
+            if children is None:
                 return
-            self._rates.learn(min(match.length + depth, _MAX_LENGTH), token in known)
-            if token not in known:
+            self._rates.learn(min(match.length + depth, _MAX_LENGTH), token in children)
+            if token not in children:
                 return
-            node = known[token]
+            node = children[token]
 
     def _unite(self, root: int, matches: Sequence[_Match], limit: Limit) -> TokenTree:
         tokens, parents, depths, estimates = [root], [-1], [0], [1.0]

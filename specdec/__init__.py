@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from specdec.generation.wrapper import custom_generate, generate
     from specdec.grammar.inputs import Grammar
     from specdec.hub.load import load_model, load_tokenizer
+    from specdec.serving.engine import Engine
+    from specdec.serving.request import RequestSettings
     from specdec.stats import Stats
     from specdec.tree import Draw, TokenTree
 
@@ -23,6 +25,8 @@ _HOMES = {
     "custom_generate": "specdec.generation.wrapper",
     "SpeculativeOutput": "specdec.generation.batch",
     "Grammar": "specdec.grammar.inputs",
+    "Engine": "specdec.serving.engine",
+    "RequestSettings": "specdec.serving.request",
     "Stats": "specdec.stats",
     "load_model": "specdec.hub.load",
     "load_tokenizer": "specdec.hub.load",
@@ -32,7 +36,9 @@ _HOMES = {
 
 __all__ = [
     "Draw",
+    "Engine",
     "Grammar",
+    "RequestSettings",
     "SpeculativeOutput",
     "Stats",
     "TokenTree",

@@ -91,23 +91,22 @@ class Decoder:
             while True:
                 joining = list(islice(waiting, None if max_rows is None else max_rows - len(active)))
                 if joining:
-                    active += joining  # first: what is opened half-way has to be released, too
-                    self.target.open(joining)
-                    self.drafter.begin(joining)
+                    self.join(joining)
+                    active += joining
                 if not active:
                     return
                 emissions = self.step(active)
                 done = [e.row for e in emissions if e.step.finished]
                 if done:
                     active = [e.row for e in emissions if not e.step.finished]
-                    self._leave(done)
+                    self.leave(done)
                 yield from emissions
                 del emissions  # they hold what the pass computed, whose room the next pass may need
         except GeneratorExit:  # the caller has seen enough
-            self._leave(active)
+            self.leave(active)
             raise
         except BaseException as error:
-            self._leave(active, during=error)
+            self.leave(active, during=error)
             raise
 
     def step(self, rows: Sequence[Row]) -> list[Emission]:
@@ -127,8 +126,9 @@ class Decoder:
         finished = [self._emit(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
         verified = self.clock()
         self.drafter.observe(rows, trees, verdicts, scores)
+        observed = self.clock()
         # A device may still be at work when ``score`` returns: only the verdict waits for it.
-        self.budget.learn(rows, trees, verdicts, drafted - started, verified - drafted)
+        self.budget.learn(rows, trees, verdicts, drafted - started + observed - verified, verified - drafted)
         seconds = (drafted - started + self.clock() - verified, scored - drafted, verified - scored)
         shares = [s / len(rows) for s in seconds]
         return [
@@ -147,7 +147,17 @@ class Decoder:
                 return True
         return False
 
-    def _leave(self, rows: Sequence[Row], during: BaseException | None = None) -> None:
+    def join(self, rows: Sequence[Row]) -> None:
+        """Let ``rows`` take part in the steps to come. If that fails they have left again, and the error is raised."""
+        try:
+            self.target.open(rows)
+            self.drafter.begin(rows)
+        except BaseException as error:
+            self.leave(rows, during=error)  # what was opened half-way has to be released, too
+            raise
+
+    def leave(self, rows: Sequence[Row], during: BaseException | None = None) -> None:
+        """Free what ``rows`` hold; with ``during``, an error that the caller will raise, further ones become its notes."""
         call_all((partial(self.drafter.end, rows), partial(self.target.close, rows)), during)
 
 

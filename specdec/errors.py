@@ -31,3 +31,7 @@ class ModelUnavailableError(SpecdecError, OSError):
 
 class CheckpointError(SpecdecError, ValueError):
     """A drafter's checkpoint is damaged or does not hold what its format says; the message names the key."""
+
+
+class OutOfBlocksError(SpecdecError, MemoryError):
+    """The paged key-value cache has no room; who schedules rows waits, drafts less or preempts one."""

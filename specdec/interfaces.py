@@ -147,6 +147,9 @@ class ModelTarget(Target, Protocol):
     def request(self, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
         """Return the input of the output matrix, and these entries of ``hidden_states``, with every pass from now on."""
 
+    def rows_beside(self, num_layers: int) -> Any:
+        """Where a network beside this one keeps the keys and values of its layers (``specdec.engine.layout.KVRows``)."""
+
     def hidden(self, scores: Scores) -> Tensor:
         """(p + n, H) the requested input of the output matrix."""
 

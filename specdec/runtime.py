@@ -15,13 +15,15 @@ from specdec.budget.adaptive import Budget, make_budget
 from specdec.budget.costs import PassCosts
 from specdec.cpu.accelerate import accelerated, accelerated_copy
 from specdec.cuda.batch_verdicts import BatchVerdicts
-from specdec.cuda.graphs import graph_pool, kernel_copy
+from specdec.cuda.graphs import graph_pool
 from specdec.decode import Decide, Decoder
 from specdec.distributions import LogitsTransform
 from specdec.drafters import make_drafter, tuned_file
+from specdec.engine.attention import attention_copy, on_our_attention
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.model_state import ModelState
 from specdec.interfaces import DraftContext, Drafter, Row, Target, Verifier
+from specdec.paging.tables import BlockTables
 from specdec.records.tuned import load_tuned
 from specdec.rng import PhiloxRng, Rng
 from specdec.settings import Settings
@@ -50,6 +52,7 @@ class Runtime:
         draft_models: for drafters that run one.
         accelerate: on a CPU, run a copy with packed layers; with ``in_place`` the model itself.
         cuda_graphs: on a GPU, run on our attention and replay recorded passes.
+        tables: keep keys and values in pages, in the blocks of these tables.
 
     Raises:
         UnsupportedModelError: the model cannot be verified.
@@ -64,16 +67,17 @@ class Runtime:
         accelerate: bool = False,
         cuda_graphs: bool = False,
         in_place: bool = False,
+        tables: BlockTables | None = None,
     ) -> None:
         def prepared(plain: Any) -> Any:
             if cuda_graphs:
-                return kernel_copy(plain)
-            if not accelerate:
-                return plain
-            return accelerated(plain, in_place=True) if in_place else accelerated_copy(plain)
+                return attention_copy(plain)
+            if accelerate:
+                plain = accelerated(plain, in_place=True) if in_place else accelerated_copy(plain)
+            return plain if tables is None else on_our_attention(plain)
 
         ready = prepared(model)
-        self.target = CausalLM(ready, replays=graph_pool(ready) if cuda_graphs else None)
+        self.target = CausalLM(ready, replays=graph_pool(ready) if cuda_graphs else None, tables=tables)
         self.draft_models: Sequence[Any] = tuple(map(prepared, draft_models))
 
     def plan(self, settings: Settings, num_rows: int = 1) -> Plan:
@@ -111,6 +115,7 @@ class Runtime:
         target: Target | None = None,
         budget: Budget | None = None,
         decide: DecideWith | None = None,
+        rng: Rng | None = None,
         num_rows: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> Decoder:
@@ -119,14 +124,14 @@ class Runtime:
         Args:
             logits_transform: from logits to distributions.
             stop: whether a row ends with its newest token.
-            drafter, target, budget: in the place of those that the settings name.
+            drafter, target, budget, rng: in the place of those that the settings name.
             decide: decides on all rows together; None, or where it returns None, each row for itself.
             num_rows: for how many rows a tuned file is asked.
         """
         plan = self.plan(settings, num_rows)
         verifier = as_verifier(settings.verifier)
-        seed = int(torch.randint(2**62, ()).item()) if settings.seed is None else settings.seed
-        rng = PhiloxRng(seed)
+        if rng is None:
+            rng = PhiloxRng(int(torch.randint(2**62, ()).item()) if settings.seed is None else settings.seed)
         together = decide(verifier, rng) if decide else None
         return Decoder(
             target or self.target,

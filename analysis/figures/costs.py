@@ -79,15 +79,15 @@ def speedup_by_category(trace: Trace, ax: Axes | None = None, method: str | None
         raise MissingDataError("a trace of specdec bench, which holds transformers' generate()")
     ax, colors = new_axes(ax), theme()
     shares = {name: trace.select([BASELINE, PLAIN, method], [name]) for name in trace.categories}
-    found = {name: speedup.speedups(part) for name, part in shares.items()}
-    order = sorted(found, key=lambda name: found[name][method].value)
+    estimates = {name: speedup.speedups(part) for name, part in shares.items()}
+    order = sorted(estimates, key=lambda name: estimates[name][method].value)
     for place, name in enumerate(order):
-        estimate = found[name][method]
-        hurts = estimate.value < found[name][PLAIN].value
+        estimate = estimates[name][method]
+        hurts = estimate.value < estimates[name][PLAIN].value
         error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
         ax.barh(place, estimate.value, 0.68, color=colors.rejected if hurts else colors.accepted, xerr=error,
                 ecolor=colors.ink, capsize=4, hatch="//" if hurts else None, edgecolor=colors.ground, lw=0)  # fmt: skip
-        plain = found[name][PLAIN].value
+        plain = estimates[name][PLAIN].value
         ax.plot([plain, plain], [place - 0.42, place + 0.42], color=colors.ink, lw=3)
         ax.text(max(estimate.high, plain), place, f"  {estimate.value:.2f}x", va="center")
     counts = [len({o.label.question_id for o in shares[name].outputs}) for name in order]
@@ -116,18 +116,18 @@ def step_time_breakdown(trace: Trace, ax: Axes | None = None) -> Axes:
         ("the target's pass", colors.own, None), ("drafting", colors.rejected, "//"),
         ("deciding and keeping", colors.accepted, "\\\\"), ("between steps", colors.faint, ".."),
     ]  # fmt: skip
-    for place, each in enumerate(summaries):
-        known = (each.score_s, each.draft_s, each.verify_s)
-        rest = max(walls.get(each.name, sum(known)) - sum(known), 0.0)
+    for place, summary in enumerate(summaries):
+        parts = (summary.score_s, summary.draft_s, summary.verify_s)
+        rest = max(walls.get(summary.name, sum(parts)) - sum(parts), 0.0)
         left = 0.0
-        for seconds, (label, color, hatch) in zip((*known, rest), kinds, strict=True):
-            width = 1000 * seconds / each.num_tokens
+        for seconds, (label, color, hatch) in zip((*parts, rest), kinds, strict=True):
+            width = 1000 * seconds / summary.num_tokens
             ax.barh(place, width, 0.62, left, color=color, hatch=hatch, edgecolor=colors.ground, lw=0,
                     label=label if place == 0 else None)  # fmt: skip
             left += width
-        share = 100 * (sum(known) + rest - each.score_s) / (sum(known) + rest)
+        share = 100 * (sum(parts) + rest - summary.score_s) / (sum(parts) + rest)
         ax.text(left, place, f"  {left:.1f} ms, {share:.1f} % not the target", va="center")
-    ax.set_yticks(range(len(summaries)), [each.name for each in summaries])
+    ax.set_yticks(range(len(summaries)), [summary.name for summary in summaries])
     ax.set(ylim=(len(summaries) - 0.4, -0.6), xlabel="milliseconds for each emitted token, prompts included")
     ax.margins(x=0.28)
     ax.set_title("Where the time goes")
@@ -142,20 +142,26 @@ def tuner_landscape(tune: Tune, ax: Axes | None = None, batch_size: int | None =
     size = min(tune.entries) if batch_size is None else batch_size
     entry = tune.entries[size]
     ax, colors = new_axes(ax), theme()
-    drafters = list(dict.fromkeys(each["drafter"] for each in entry["candidates"] if each["drafter"] != "none"))
+    drafters = list(
+        dict.fromkeys(candidate["drafter"] for candidate in entry["candidates"] if candidate["drafter"] != "none")
+    )
     for drafter in drafters:
-        own = [each for each in entry["candidates"] if each["drafter"] == drafter]
+        own = [candidate for candidate in entry["candidates"] if candidate["drafter"] == drafter]
         color, marker = color_of(drafter, drafters), marker_of(drafter, drafters)
-        fixed = sorted((each["max_nodes"], each["predicted"]) for each in own if not each["adaptive"])
+        fixed = sorted(
+            (candidate["max_nodes"], candidate["predicted"]) for candidate in own if not candidate["adaptive"]
+        )
         ax.plot(*np.array(fixed).reshape(-1, 2).T, color=color, marker=marker, ms=6, lw=1.6, alpha=0.75,
                 label=f"{drafter}, predicted")  # fmt: skip
-        for each in own:
-            if each["adaptive"]:
-                ax.axhline(each["predicted"], color=color, ls=(0, (2, 2)), lw=1.4, label=f"{drafter}, adaptive budget")
-            if each["measured"] is None:
+        for candidate in own:
+            if candidate["adaptive"]:
+                ax.axhline(
+                    candidate["predicted"], color=color, ls=(0, (2, 2)), lw=1.4, label=f"{drafter}, adaptive budget"
+                )
+            if candidate["measured"] is None:
                 continue
-            value, low, high = each["measured"]
-            ax.errorbar(each["max_nodes"] + (0.25 if each["adaptive"] else 0), value, [[value - low], [high - value]],
+            value, low, high = candidate["measured"]
+            ax.errorbar(candidate["max_nodes"] + (0.25 if candidate["adaptive"] else 0), value, [[value - low], [high - value]],
                         color=color, fmt=marker, ms=11, capsize=4, mfc=colors.ground, mew=2)  # fmt: skip
     best = entry["measured"] or [entry["predicted"]]
     ax.plot(entry["max_nodes"], best[0], marker="*", ms=22, color=colors.accepted, mec=colors.ink, ls="", zorder=5,

@@ -63,8 +63,8 @@ def best_method(trace: Trace) -> str:
     if not drafting:
         raise MissingDataError("a trace of a method that drafted something")
     if BASELINE in trace.names:
-        found = speedups(trace)
-        return max(drafting, key=lambda name: found[name].value if name in found else 0.0)
+        by_method = speedups(trace)
+        return max(drafting, key=lambda name: by_method[name].value if name in by_method else 0.0)
     return max(drafting, key=lambda name: mean_acceptance_length(trace.select(name)).value)
 
 
@@ -100,12 +100,12 @@ def pick_step(
 
 def _first_choices(trace: Trace) -> Ints:
     """(N,) how many tokens each step would have had accepted from the chain of first children."""
-    found = attempts(trace)
-    strayed = (found.rank != 0).astype(np.int64)
+    all_attempts = attempts(trace)
+    strayed = (all_attempts.rank != 0).astype(np.int64)
     total = np.cumsum(strayed)
     before = np.concatenate([[0], total])[trace.steps.kept_offsets[:-1]]
-    still = (total - before[found.step]) == 0
-    return np.bincount(found.step, still, len(trace.steps)).astype(np.int64)
+    still = (total - before[all_attempts.step]) == 0
+    return np.bincount(all_attempts.step, still, len(trace.steps)).astype(np.int64)
 
 
 def picked(trace: Trace, i: int) -> Picked:

@@ -19,11 +19,11 @@ def rate_bars(rates: Sequence[Rate], ax: Axes | None = None, *, title: str = "",
     if not rates:
         raise MissingDataError("attempts of this kind: none were recorded")
     ax, colors = new_axes(ax), theme()
-    for place, each in enumerate(rates):
-        rate = each.rate
+    for place, entry in enumerate(rates):
+        rate = entry.rate
         error = [[max(rate.value - rate.low, 0.0)], [max(rate.high - rate.value, 0.0)]]
         ax.bar(place, rate.value, 0.7, color=colors.accepted, yerr=error, ecolor=colors.ink, capsize=4)
-    ax.set_xticks(range(len(rates)), [f"{each.key}\nn = {each.num_proposed}" for each in rates])
+    ax.set_xticks(range(len(rates)), [f"{entry.key}\nn = {entry.num_proposed}" for entry in rates])
     ax.tick_params(axis="x", labelsize=10 if len(rates) > 6 else 12)
     ax.set(ylim=(0, 1.02), ylabel="share of drafts that were met", xlabel=xlabel)
     ax.grid(axis="y")

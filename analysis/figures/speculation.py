@@ -159,7 +159,8 @@ def _typical_answer(trace: Trace, method: str) -> tuple[int, str, str, int]:
 
 def _answer(trace: Trace, name: str, label: tuple[int, str, str, int]) -> Steps:
     good = [
-        each.name == name and (each.run, each.question_id, each.category, each.turn) == label for each in trace.labels
+        other.name == name and (other.run, other.question_id, other.category, other.turn) == label
+        for other in trace.labels
     ]
     return trace.steps.take(np.array(good)[trace.steps.label])
 

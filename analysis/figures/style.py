@@ -166,8 +166,8 @@ def conditions(provenance: Mapping[str, Any]) -> str:
 def shown(text: str, width: int = 12) -> str:
     """A token's text for a label: spaces and breaks made visible, cut, without signs that the font lacks."""
     visible = text.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
-    known = _known_signs()
-    visible = "".join(sign if ord(sign) in known else "□" for sign in visible) or "∅"
+    drawable = _known_signs()
+    visible = "".join(sign if ord(sign) in drawable else "□" for sign in visible) or "∅"
     return visible if len(visible) <= width else visible[: width - 1] + "…"
 
 

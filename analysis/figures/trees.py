@@ -109,8 +109,8 @@ def tree_attention_mask(trace: Trace, ax: Axes | None = None, method: str | None
 def specinfer_vs_medusa(trace: Trace, ax: Axes | None = None) -> Axes:
     """Trees of a draft model (SpecInfer's) against trees of extra heads (Medusa's), on the same prompts."""
     drafting = trace.drafting
-    found = {label.method: label.name for label in trace.labels if label.name in drafting}
-    missing = [method for method in ("model", "medusa") if method not in found]
+    name_of = {label.method: label.name for label in trace.labels if label.name in drafting}
+    missing = [method for method in ("model", "medusa") if method not in name_of]
     if missing:
         raise MissingDataError(
             f"a trace that holds the drafters model and medusa on the same prompts; {' and '.join(missing)} is missing"
@@ -118,11 +118,11 @@ def specinfer_vs_medusa(trace: Trace, ax: Axes | None = None) -> Axes:
     ax, colors = new_axes(ax), theme()
     measured = speedups(trace)
     names = trace.names
-    for place, name in enumerate((found["model"], found["medusa"])):
+    for place, name in enumerate((name_of["model"], name_of["medusa"])):
         length = acceptance.mean_acceptance_length(trace.select(name))
         for row, estimate in ((place, length), (3 + place, measured[name])):
             _bar(ax, row, estimate, color_of(name, names))
-    labels = [f"{found['model']} (SpecInfer)", f"{found['medusa']} (Medusa)"]
+    labels = [f"{name_of['model']} (SpecInfer)", f"{name_of['medusa']} (Medusa)"]
     ax.set_yticks([0, 1, 3, 4], labels * 2)
     ax.invert_yaxis()
     ax.axvline(1, color=colors.ink, lw=1, ls=(0, (2, 2)))

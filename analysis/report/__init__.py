@@ -36,37 +36,37 @@ def build(paths: Sequence[str | Path]) -> str:
     """
     if not paths:
         raise ValueError("name at least one trace or result of specdec bench")
-    found = chapters(map(str, paths))
+    all_chapters = chapters(map(str, paths))
     parts = ["<h1>specdec report</h1>"]
-    for number, chapter in enumerate(found):
+    for number, chapter in enumerate(all_chapters):
         facts = _facts(chapter)
         title = "What the tuner found" if facts is None else _title(facts)
         # What the first chapter says stands above everything else.
         parts.append(f'<h2 id="chapter-{number}">{escape(title)}</h2>' if number or facts is None else "")
         parts.append(page.head(facts) if facts else "")
-        parts.append(_contents(found) if number == 0 else "")
+        parts.append(_contents(all_chapters) if number == 0 else "")
         parts.append(_render(chapter, facts, number))
     return page.document("specdec report", "\n".join(part for part in parts if part))
 
 
 def chapters(paths: Iterable[str]) -> list[Chapter]:
     """Files of equal conditions together: a trace finds its own bench result, shards of a run find each other."""
-    found: dict[str, Chapter] = {}
+    by_name: dict[str, Chapter] = {}
     for path in paths:
         result = load_result(path) if is_result(path) else None
         key = repr(comparable(result.provenance if result else next(read_trace(path))))
         if isinstance(result, Tune):
-            found[f"tune {path}"] = Chapter([path], tune=result)
+            by_name[f"tune {path}"] = Chapter([path], tune=result)
             continue
-        chapter = found.setdefault(key, Chapter())
+        chapter = by_name.setdefault(key, Chapter())
         if result is None:
             chapter.paths.append(path)
         else:
             chapter.bench = result
-    for chapter in found.values():
+    for chapter in by_name.values():
         if chapter.tune is None and chapter.paths:
             chapter.trace = load(*chapter.paths)
-    return list(found.values())
+    return list(by_name.values())
 
 
 def _facts(chapter: Chapter) -> Facts | None:
@@ -96,12 +96,12 @@ def _title(facts: Facts) -> str:
     return conditions({**facts.provenance, "versions": {}, "date": None}) or "a run"
 
 
-def _contents(found: Sequence[Chapter]) -> str:
+def _contents(all_chapters: Sequence[Chapter]) -> str:
     """Links to the chapters, where there are several."""
-    if len(found) < 2:
+    if len(all_chapters) < 2:
         return ""
     links = []
-    for number, chapter in enumerate(found):
+    for number, chapter in enumerate(all_chapters):
         facts = _facts(chapter)
         where = f"chapter-{number}" if number else "main"
         links.append(f'<li><a href="#{where}">{escape(_title(facts) if facts else "what the tuner found")}</a></li>')

@@ -18,12 +18,12 @@ def questions(trace: Trace) -> list[dict[str, Any]]:
     """One dict for each question: its heading and ``turns``, each with the prompt and the answers of all methods."""
     order = dict.fromkeys((output.label.run, output.label.question_id) for output in trace.outputs)
     steps = _steps(trace)
-    found: dict[_Place, dict[str, Any]] = {}
+    by_place: dict[_Place, dict[str, Any]] = {}
     for place in order:
-        found[place] = {"id": place[1], "run": place[0], "category": "", "turns": {}, "seconds": {}, "tokens": {}}
+        by_place[place] = {"id": place[1], "run": place[0], "category": "", "turns": {}, "seconds": {}, "tokens": {}}
     for output in trace.outputs:
         label = output.label
-        question = found[label.run, label.question_id]
+        question = by_place[label.run, label.question_id]
         question["category"] = label.category
         turn = question["turns"].setdefault(
             label.turn, {"prompt": trace.prompts.get((label.run, label.question_id, label.turn), ()), "answers": []}
@@ -36,7 +36,7 @@ def questions(trace: Trace) -> list[dict[str, Any]]:
         for what, value in (("seconds", output.wall_s / output.num_rows), ("tokens", output.num_tokens)):
             question[what][label.name] = question[what].get(label.name, 0) + value
     names = trace.names
-    return [_finished(each, names) for each in found.values()]
+    return [_finished(question_facts, names) for question_facts in by_place.values()]
 
 
 def _finished(question: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -69,13 +69,13 @@ def _steps(trace: Trace) -> dict[tuple[int, str, int, str], list[list[Any]]]:
     parents = _pieces(steps.tree_parents, steps.tree_offsets)
     seconds = (1000 * steps.num_rows * (steps.draft_s + steps.score_s + steps.verify_s)).round(1).tolist()
     probs = None if steps.node_probs is None else _pieces(steps.node_probs, steps.tree_offsets)
-    found: dict[tuple[int, str, int, str], list[list[Any]]] = {}
+    by_answer: dict[tuple[int, str, int, str], list[list[Any]]] = {}
     for i, code in enumerate(steps.label.tolist()):
         label = trace.labels[code]
         own = probs[i] if probs and not np.isnan(probs[i][0]) else None
         step = [emitted[i], nodes[i], trees[i], parents[i], seconds[i], own]
-        found.setdefault((label.run, label.question_id, label.turn, label.name), []).append(step)
-    return found
+        by_answer.setdefault((label.run, label.question_id, label.turn, label.name), []).append(step)
+    return by_answer
 
 
 def _pieces(values: Any, offsets: Any) -> list[list[Any]]:

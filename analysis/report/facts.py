@@ -73,18 +73,20 @@ def facts_of_trace(trace: Trace) -> Facts:
         own = trace.select(name)
         groups = measured.get(name, {}).values()
         seconds = sum(group.seconds for group in groups)
-        told = {output.lossless for output in own.outputs} - {None}
+        claims = {output.lossless for output in own.outputs} - {None}
         methods.append(
             MethodFacts(
                 name=name,
-                is_lossless=None if not told else False not in told,
+                is_lossless=None if not claims else False not in claims,
                 drafts=name in trace.drafting,
                 tokens_per_s=sum(group.num_tokens for group in groups) / seconds if seconds else None,
                 length=mean_acceptance_length(own).value if len(own.steps) else None,
                 vs_generate=to_generate.get(name),
                 vs_plain=to_plain.get(name),
                 same_text=_same(texts, name),
-                categories={category: found[name] for category, found in by_category.items() if name in found},
+                categories={
+                    category: by_method[name] for category, by_method in by_category.items() if name in by_method
+                },
             )
         )
     return Facts(trace.runs[0].provenance, tuple(methods), tuple(trace.warnings))
@@ -153,8 +155,8 @@ def summary(facts: Facts) -> str:
 
 
 def _worst(best: MethodFacts, against: str) -> str:
-    hurts = [name for name, each in best.categories.items() if is_proved(each) and each.value < 1]
-    may = [name for name, each in best.categories.items() if each.value < 1 and name not in hurts]
+    hurts = [name for name, estimate in best.categories.items() if is_proved(estimate) and estimate.value < 1]
+    may = [name for name, estimate in best.categories.items() if estimate.value < 1 and name not in hurts]
     said = [f"It hurts on {_listed(hurts)}."] if hurts else []
     if may:
         said.append(f"On {_listed(may)} it was slower than {against}, which may be chance.")
@@ -176,11 +178,11 @@ _Place = tuple[int, str, int]  # run, question, turn
 
 
 def _texts(trace: Trace) -> dict[str, dict[_Place, Output]]:
-    found: dict[str, dict[_Place, Output]] = {}
+    texts: dict[str, dict[_Place, Output]] = {}
     for output in trace.outputs:
         label = output.label
-        found.setdefault(label.name, {})[label.run, label.question_id, label.turn] = output
-    return found
+        texts.setdefault(label.name, {})[label.run, label.question_id, label.turn] = output
+    return texts
 
 
 def _same(texts: Mapping[str, Mapping[_Place, Output]], name: str) -> tuple[int, int] | None:

@@ -37,7 +37,7 @@ def document(title: str, body: str) -> str:
 
 def head(facts: Facts) -> str:
     """The sentence that stands first, and what it holds for."""
-    warnings = "".join(f'<p class="warning">{escape(each)}</p>' for each in facts.warnings)
+    warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in facts.warnings)
     return (
         f'<p class="summary">{escape(summary(facts))}</p>\n'
         f'<p class="conditions">{escape(conditions(facts.provenance))}. In brackets: 95 % intervals over prompts.</p>\n'
@@ -48,15 +48,15 @@ def head(facts: Facts) -> str:
 def method_table(facts: Facts) -> str:
     """One row for each method."""
     rows = []
-    for each in facts.methods:
-        lossless = {True: "yes", False: '<span class="lossy">no</span>', None: "<small>?</small>"}[each.is_lossless]
-        same = "-" if each.same_text is None else f"{each.same_text[0]} of {each.same_text[1]}"
+    for method in facts.methods:
+        lossless = {True: "yes", False: '<span class="lossy">no</span>', None: "<small>?</small>"}[method.is_lossless]
+        same = "-" if method.same_text is None else f"{method.same_text[0]} of {method.same_text[1]}"
         cells = [
-            f'<th scope="row">{escape(each.name)}</th>',
-            _cell(each.vs_plain),
-            _cell(each.vs_generate),
-            f"<td>{each.tokens_per_s:.1f}</td>" if each.tokens_per_s else NONE,
-            f"<td>{each.length:.2f}</td>" if each.length else NONE,
+            f'<th scope="row">{escape(method.name)}</th>',
+            _cell(method.vs_plain),
+            _cell(method.vs_generate),
+            f"<td>{method.tokens_per_s:.1f}</td>" if method.tokens_per_s else NONE,
+            f"<td>{method.length:.2f}</td>" if method.length else NONE,
             f"<td>{same}</td>",
             f"<td>{lossless}</td>",
         ]
@@ -75,15 +75,15 @@ def method_table(facts: Facts) -> str:
 
 def category_table(facts: Facts) -> str:
     """One row for each category, one column for each method that drafts."""
-    drafting = [each for each in facts.methods if each.drafts]
-    categories = list(dict.fromkeys(name for each in drafting for name in each.categories))
+    drafting = [method for method in facts.methods if method.drafts]
+    categories = list(dict.fromkeys(name for method in drafting for name in method.categories))
     if not categories:
         return ""
     rows = []
     for name in categories:
-        cells = "".join(_cell(each.categories.get(name)) for each in drafting)
+        cells = "".join(_cell(method.categories.get(name)) for method in drafting)
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    table = _table(("category", *(each.name for each in drafting)), rows, "Speed by category")
+    table = _table(("category", *(method.name for method in drafting)), rows, "Speed by category")
     return f"<h3>By category, against {escape(facts.reference)}</h3>\n{table}"
 
 
@@ -166,7 +166,7 @@ def provenance(facts: Facts, number: int) -> str:
 def missing_list(missing: Sequence[Missing]) -> str:
     if not missing:
         return ""
-    items = "".join(f"<li>{escape(each.name)}: needs {escape(each.reason)}</li>" for each in missing)
+    items = "".join(f"<li>{escape(figure.name)}: needs {escape(figure.reason)}</li>" for figure in missing)
     return f"<details><summary>{len(missing)} figures were not drawn</summary><ul>{items}</ul></details>"
 
 
@@ -178,7 +178,7 @@ _LEGEND = (
 
 
 def _table(heads: Sequence[str], rows: Sequence[str], label: str) -> str:
-    top = "".join(f'<th scope="col">{escape(each)}</th>' for each in heads)
+    top = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in heads)
     return (
         f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0"><table><thead><tr>{top}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"

@@ -96,9 +96,9 @@ class EagleConfig:
     @classmethod
     def from_layout(cls, layout: Layout) -> EagleConfig:
         """As ``from_dict``."""
-        found = cls(**read_fields(layout))
-        found._check()
-        return found
+        config = cls(**read_fields(layout))
+        config._check()
+        return config
 
     def _check(self) -> None:
         """Refuse what no network can be made of."""
@@ -112,8 +112,8 @@ class EagleConfig:
                 f"head_dim, got {groups}, {heads} and {self.head_dim}"
             )
         kind = self.rope_parameters["rope_type"]
-        for name, value, known in (("hidden_act", self.hidden_act, ACT2FN), ("rope_type", kind, ROPE_TYPES)):
-            if value not in known:
+        for name, value, supported in (("hidden_act", self.hidden_act, ACT2FN), ("rope_type", kind, ROPE_TYPES)):
+            if value not in supported:
                 raise CheckpointError(f"{name} {value!r} in the head's config.json is not known to transformers")
         if self.feature_layers is not None and len(self.feature_layers) != self.num_features:
             raise CheckpointError(
@@ -143,7 +143,7 @@ class EagleConfig:
 
     def unusual(self) -> tuple[str, ...]:
         """What sets the head apart from EAGLE-3's paper, by the names of config keys: not every engine reads it."""
-        found = {
+        features = {
             "num_hidden_layers": self.num_hidden_layers > 1,
             "use_aux_hidden_state": self.num_features == 0,
             "eagle_aux_hidden_state_layer_ids": self.feature_layers is not None,
@@ -153,7 +153,7 @@ class EagleConfig:
             "mlp_bias": self.mlp_bias,
             "bias": self.fc_bias,
         }
-        return (*self.flags(), *(name for name, holds in found.items() if holds))
+        return (*self.flags(), *(name for name, holds in features.items() if holds))
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json of the EAGLE-3 layout that serving engines read."""

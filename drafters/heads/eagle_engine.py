@@ -14,19 +14,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.cpu.packed_linear import is_packed
 from specdec.drafters.heads.eagle_cell import EagleCell, FeatureCell, pack_cell
 from specdec.drafters.heads.eagle_config import EagleConfig
 from specdec.drafters.heads.eagle_reading import NUM_FEATURES
 from specdec.drafters.heads.shipped import draft_dtype
-from specdec.engine.cache import RaggedCache
 from specdec.engine.causal_lm import PREFILL_CHUNK
-from specdec.engine.grouped_attention import grouped_attention
-from specdec.engine.masks import visibility
+from specdec.engine.layout import KVRows
 from specdec.engine.offload import loaded
-from specdec.engine.passes import CacheRows, RowPass, in_lockstep, mask_plan, pass_slots
+from specdec.engine.passes import RowPass
 from specdec.errors import CheckpointError
 from specdec.interfaces import ModelTarget, Row, Scores
 from specdec.tree import TokenTree
@@ -57,8 +55,7 @@ class EagleEngine:
         target.request(hidden=not self.layers, layers=self.layers)
         self._embed: Any = cell.embed_tokens or target.model.get_input_embeddings()
         self._output: Any = cell.logits if isinstance(cell, EagleCell) else target.model.get_output_embeddings()
-        self._cache = RaggedCache(cell.num_layers)
-        self._cache_rows = CacheRows()
+        self._rows: KVRows = target.rows_beside(cell.num_layers)
         self._features: dict[Row, list[Tensor]] = {}  # (k, F) true ones that the cache lacks
         self._states: dict[Row, Tensor] = {}  # (n, H) the head's outputs at the nodes of the tree being grown
         self._clock = clock
@@ -66,7 +63,7 @@ class EagleEngine:
 
     def open(self, rows: Sequence[Row]) -> None:
         """Give each row a line of the cache."""
-        self._cache_rows.open(rows, self._cache)
+        self._rows.open(rows)
         self._features.update((row, []) for row in rows)
 
     def read(self, row: Row, scores: Scores, num_nodes: int, path: Sequence[int]) -> None:
@@ -79,7 +76,7 @@ class EagleEngine:
 
     def is_ready(self, row: Row) -> bool:
         """Whether the features of every token before the newest are known."""
-        known = self._cache_rows[row].length + sum(map(len, self._features[row]))
+        known = self._rows[row].length + sum(map(len, self._features[row]))
         return known > 0 and known == len(row.tokens) - 1
 
     @torch.no_grad()
@@ -88,7 +85,7 @@ class EagleEngine:
         row_passes: list[RowPass] = []
         states: list[Tensor] = []
         for row, tree, done in zip(rows, trees, num_scored, strict=True):
-            cache_row = self._cache_rows[row]
+            cache_row = self._rows[row]
             if done:
                 parents = torch.tensor(tree.parents[done:], device=self.target.device)
                 states.append(self._states[row].index_select(0, parents))
@@ -99,7 +96,7 @@ class EagleEngine:
                 row_passes.append(RowPass(cache_row, pending, tree, 0))
         results: list[Scores | None] = [None] * len(row_passes)
         started = self._clock()
-        for group in self._cache_rows.groups(row_passes):
+        for group in self._rows.groups(row_passes):
             after = self._forward([row_passes[i] for i in group], [states[i] for i in group])
             logits = torch.split(self._logits(torch.cat(after)), [len(each) for each in after])
             for i, new, share in zip(group, after, logits, strict=True):
@@ -114,18 +111,18 @@ class EagleEngine:
         """Keep the roots just scored: everything below was computed from the head's own states."""
         for row in rows:
             if self._states.pop(row, None) is not None:
-                self._cache_rows[row].length += 1
+                self._rows[row].length += 1
 
     def close(self, rows: Sequence[Row]) -> None:
         """Free what ``rows`` hold."""
-        self._cache_rows.close(rows, self._cache)
+        self._rows.close(rows)
         for row in rows:
             del self._features[row]
             self._states.pop(row, None)
 
     def _prefill(self, row: Row) -> tuple[list[int], Tensor]:
         """Process what a long prompt has beyond one chunk; the pending tokens and states (p + 1, H) that are left."""
-        cache_row = self._cache_rows[row]
+        cache_row = self._rows[row]
         pending = row.tokens[cache_row.length + 1 : -1]
         fused = self.cell.fuse(torch.cat(self._features[row]).to(self.dtype))
         self._features[row] = []
@@ -143,31 +140,13 @@ class EagleEngine:
 
     def _forward(self, row_passes: Sequence[RowPass], states: Sequence[Tensor]) -> list[Tensor]:
         """The head's outputs at each part's new nodes, from ``states`` (p + k, H) at its new columns."""
-        device = self.target.device
-        columns = [row_pass.new_tokens for row_pass in row_passes]
-        num_columns = max(map(len, columns))
-        padding = [num_columns - len(c) for c in columns]
-        padded = [[0] * pad + c for pad, c in zip(padding, columns, strict=True)]
-        embeds = self._embed(torch.tensor(padded, device=device)).to(self.dtype)
-        before = [nn.functional.pad(s, (0, 0, pad, 0)) if pad else s for pad, s in zip(padding, states, strict=True)]
-        is_plain = in_lockstep(row_passes)
-        is_dense = is_plain or len(row_passes) == 1  # a row alone fills its slots in order
-        start = max(row_pass.start for row_pass in row_passes)
-        width = start + num_columns
-        slots = None if is_dense else pass_slots(row_passes, num_columns).to(device)
-        self._cache.begin_pass(row_passes[0].cache_row.index, start, width, slots)
-        if is_plain and num_columns == 1:  # each sees all of its row
-            positions, mask = torch.full((len(row_passes), 1), start, device=device), None
-        else:
-            plan = mask_plan(row_passes, num_columns, width, device)
-            positions, mask = plan.positions, visibility(plan)[:, None]
+        layout = self._rows.lay_out(row_passes, self.target.device)
+        embeds = self._embed(layout.ids).to(self.dtype)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return grouped_attention(q, *self._cache.layers[layer].update(k, v), mask)
+            return layout.attend(q, *self._rows.layer(layer).update(k, v))
 
-        after: Tensor = self.cell(embeds, torch.stack(before), positions, attend)
-        num_nodes = [len(row_pass.tree) - row_pass.num_scored if row_pass.tree else 0 for row_pass in row_passes]
-        return [row[num_columns - count :] for row, count in zip(after, num_nodes, strict=True)]
+        return layout.at_nodes(self.cell(embeds, layout.placed(states), layout.positions, attend))
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def renamed(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: two of them get the same name.
     """
-    found: dict[str, Tensor] = {}
+    tensors_by_name: dict[str, Tensor] = {}
     is_eagle3 = any(key.endswith("hidden_norm.weight") for key in tensors)
     for key, value in tensors.items():
         name = key.replace("fusion_fc.", "fc.", 1) if key.startswith("fusion_fc.") else key
@@ -68,10 +68,10 @@ def renamed(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             name = "midlayer." + name.removeprefix("layers.0.")
         elif name.startswith("layers.") and name.endswith(_SHARED_NORM[0]):
             name = name.removesuffix(_SHARED_NORM[0]) + _SHARED_NORM[1]
-        if name in found:
+        if name in tensors_by_name:
             raise CheckpointError(f"{path} holds {name} under two names, {key} being one: it cannot be used")
-        found[name] = value
-    return found
+        tensors_by_name[name] = value
+    return tensors_by_name
 
 
 def _as_stored(config: EagleConfig, tensors: Mapping[str, Tensor], layout: Layout) -> EagleConfig:

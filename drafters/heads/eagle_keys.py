@@ -118,9 +118,9 @@ class Keys:
                 raise refused(key, value, why, neutral)
         unknown = {key: value for key, value in rest.items() if key not in _ONLY and _may_matter(key, value)}
         if unknown:
-            named = ", ".join(f"{key} = {value!r}" for key, value in unknown.items())
+            listed = ", ".join(f"{key} = {value!r}" for key, value in unknown.items())
             warnings.warn(
-                f"the head's config.json says {named}, which is not known here and is not used: if it changes the head's "
+                f"the head's config.json says {listed}, which is not known here and is not used: if it changes the head's "
                 "network, its drafts are poor (compare their acceptance with what its authors report)",
                 stacklevel=2,
             )
@@ -128,9 +128,9 @@ class Keys:
 
 def refused(key: str, value: object, why: str, supported: tuple[Any, ...] = ()) -> CheckpointError:
     """The error for a key whose value is not supported."""
-    known = " or ".join(map(repr, supported)) or "null"
+    allowed = " or ".join(map(repr, supported)) or "null"
     return CheckpointError(
-        f"{key} = {value!r} in the head's config.json is not supported: {why}, so {key} must be {known}; use a head "
+        f"{key} = {value!r} in the head's config.json is not supported: {why}, so {key} must be {allowed}; use a head "
         "without it, or train one with specdec train eagle"
     )
 

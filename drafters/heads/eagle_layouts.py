@@ -57,11 +57,11 @@ def _flat(config: Mapping[str, Any], chosen: tuple[int, ...] | None) -> Layout:
     values = _merged(config, nested)
     use_aux = values.pop(_USE_AUX, None)
     last_only = use_aux is not None and not Keys({_USE_AUX: use_aux}).flag(_USE_AUX)
-    named = (config.get(_IDS), nested.get(_IDS))
+    layer_ids = (config.get(_IDS), nested.get(_IDS))
     qk_norm = True if _qk_norm_flag(values) or "Eagle3Qwen3ForCausalLM" in names else None
     return Layout(
         values,
-        None if last_only else chosen or _flat_layers(*named),
+        None if last_only else chosen or _flat_layers(*layer_ids),
         last_only,
         True if any(name in _EAGLE1 for name in names) else None,
         qk_norm if qk_norm or config.get("model_type") == "qwen3" else False,
@@ -76,9 +76,9 @@ def _speculators(config: Mapping[str, Any], chosen: tuple[int, ...] | None) -> L
             f"{_SPECULATORS} {kind!r} in the head's config.json is another kind of drafter: eagle3 and eagle are known here"
         )
     if not isinstance(layer, Mapping) or layer.get("model_type") not in ("llama", "qwen3"):
-        found = layer.get("model_type") if isinstance(layer, Mapping) else layer
+        model_type = layer.get("model_type") if isinstance(layer, Mapping) else layer
         raise CheckpointError(
-            f"{_LAYER}.model_type in the head's config.json must be 'llama' or 'qwen3', the layers known here, got {found!r}"
+            f"{_LAYER}.model_type in the head's config.json must be 'llama' or 'qwen3', the layers known here, got {model_type!r}"
         )
     if kind == "eagle3" and config.get("norm_before_residual") is None:
         raise CheckpointError(

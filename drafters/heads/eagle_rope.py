@@ -38,21 +38,21 @@ def read_rope(keys: Keys) -> dict[str, Any]:
     # Heads trained here turn all of each head, and used to name their target's factor all the same.
     is_ours = keys.get("specdec_target") is not None
     newer, older = (_plain(name, keys.get(name, {}), is_ours) for name in ("rope_parameters", "rope_scaling"))
-    found = newer or older
+    rope = newer or older
     if newer and older:
         _check_agreement(newer, older)
     theta = keys.number("rope_theta", 0)
-    if theta and theta != found.setdefault("rope_theta", theta):
+    if theta and theta != rope.setdefault("rope_theta", theta):
         raise CheckpointError(
-            f"rope_theta in the head's config.json is {theta}, but {found['rope_theta']} in rope_parameters: remove one"
+            f"rope_theta in the head's config.json is {theta}, but {rope['rope_theta']} in rope_parameters: remove one"
         )
     _check_partial(keys.get("partial_rotary_factor", 1))
     original = keys.get("original_max_position_embeddings")
-    found.setdefault("rope_type", "default")
-    found.setdefault("rope_theta", _THETA)
-    if original is not None and "original_max_position_embeddings" in _USED.get(found["rope_type"], ()):
-        found.setdefault("original_max_position_embeddings", original)
-    return found
+    rope.setdefault("rope_type", "default")
+    rope.setdefault("rope_theta", _THETA)
+    if original is not None and "original_max_position_embeddings" in _USED.get(rope["rope_type"], ()):
+        rope.setdefault("original_max_position_embeddings", original)
+    return rope
 
 
 def head_rope(target: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,15 +74,15 @@ def _plain(name: str, raw: Any, is_ours: bool) -> dict[str, Any]:
     partial = held.pop("partial_rotary_factor", 1)
     if not is_ours:
         _check_partial(partial, name)
-    found = {"rope_type": kind} if held else {}
+    rope = {"rope_type": kind} if held else {}
     for key, value in held.items():
         if key in (*_NAMES, *_AXES):
             continue
         if key in _USED.get(kind, (key,)):
-            found[key] = value
+            rope[key] = value
         elif not (key == "factor" and value == 1):
             raise refused(f"{name}.{key}", value, f"positions of rope_type {kind!r} do not know it")
-    return found | ({"rope_theta": Keys(held).number("rope_theta", _THETA)} if "rope_theta" in held else {})
+    return rope | ({"rope_theta": Keys(held).number("rope_theta", _THETA)} if "rope_theta" in held else {})
 
 
 def _check_agreement(newer: Mapping[str, Any], older: Mapping[str, Any]) -> None:

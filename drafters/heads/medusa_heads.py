@@ -96,10 +96,10 @@ class MedusaHeads(nn.Module):
         """The target's states (..., H) after each head's residual blocks: (heads, ..., H)."""
         blocks = [list(head.children())[: self.num_layers] for head in self.heads]
         if self.first is None:
-            return torch.stack([_through(each, hidden) for each in blocks])
+            return torch.stack([_through(block, hidden) for block in blocks])
         inner = self.first(hidden).unflatten(-1, (self.num_heads, -1))
         states = hidden.unsqueeze(-2) + nn.functional.silu(inner)
-        return torch.stack([_through(each[1:], x) for each, x in zip(blocks, states.unbind(-2), strict=True)])
+        return torch.stack([_through(block[1:], x) for block, x in zip(blocks, states.unbind(-2), strict=True)])
 
     def forward(self, hidden: Tensor, output_weight: Tensor | None = None) -> Tensor:
         """Logits (heads, ..., Vd) at the target's states ``hidden`` (..., H).
@@ -183,10 +183,10 @@ def load_medusa(path: str | Path, hidden_size: int, vocab_size: int) -> MedusaHe
     vocab = tensors.get(_VOCAB)
     if vocab is not None:
         check_vocab(vocab, vocab_size, f"{_VOCAB} in {path}")
-    found = [match.groups() for key in tensors if (match := _KEY.fullmatch(key))]
-    num_heads = len({head for head, _, _ in found})
-    num_layers = len({layer for _, layer, kind in found if kind != "weight"})
-    owns = any(kind == "weight" for _, _, kind in found)
+    keys = [match.groups() for key in tensors if (match := _KEY.fullmatch(key))]
+    num_heads = len({head for head, _, _ in keys})
+    num_layers = len({layer for _, layer, kind in keys if kind != "weight"})
+    owns = any(kind == "weight" for _, _, kind in keys)
     heads = MedusaHeads(num_heads, num_layers, hidden_size, vocab_size, vocab, shares_output=not owns)
     state = {key.removeprefix("heads."): value for key, value in heads.state_dict().items()}
     check_tensors(tensors, {key: tuple(value.shape) for key, value in state.items()}, path)

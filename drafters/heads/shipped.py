@@ -108,12 +108,12 @@ def _advice(drafter: str) -> str:
     )
 
 
-def mismatch(trained: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """How the target that a head was ``trained`` for differs from the one ``given``; empty if it does not."""
+def mismatch(trained: Mapping[str, Any], actual: Mapping[str, Any]) -> str:
+    """How the target that a head was ``trained`` for differs from the one ``actual``; empty if it does not."""
     for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        if trained.get(key) != given[key]:
-            return f"{key} {trained.get(key)}, this model's is {given[key]}"
-    pairs = zip(trained.get("fingerprint", ()), given["fingerprint"], strict=False)
+        if trained.get(key) != actual[key]:
+            return f"{key} {trained.get(key)}, this model's is {actual[key]}"
+    pairs = zip(trained.get("fingerprint", ()), actual["fingerprint"], strict=False)
     if any(abs(a - b) > _TOLERANCE * max(abs(a), abs(b)) for a, b in pairs) or not trained.get("fingerprint"):
         return "same sizes, other weights"
     return ""

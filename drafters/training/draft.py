@@ -8,8 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.drafters.training.job import Facts, Job
 from specdec.drafters.training.outcome import Batch, Outcome
+from specdec.drafters.training.recipes import DraftRecipe
 from specdec.engine.hidden_states import decoder_layers
+from specdec.errors import CheckpointError
+from specdec.hub.load import load_model
+
+
+def train_draft(job: Job, recipe: DraftRecipe) -> Facts:
+    """Train a draft model by ``recipe`` and save it.
+
+    Raises:
+        CheckpointError: ``start_from`` names a model with another vocabulary.
+        ValueError: not fewer layers than the target has.
+    """
+    start = recipe.start_from
+    small = pruned(job.model, recipe.layers).float() if start is None else _started(job.model, start)
+    facts = job.fit(DraftTraining(small), recipe.settings)
+    job.save(lambda: small.to(job.model.dtype).save_pretrained(job.folder))
+    return facts
+
+
+def _started(model: Any, path: str) -> Any:
+    small = load_model(path, dtype="float32", device=str(model.device))
+    draft_size, target_size = (causal_lm.config.get_text_config().vocab_size for causal_lm in (small, model))
+    if draft_size != target_size:
+        raise CheckpointError(f"{path} has {draft_size} token ids and the target {target_size}")
+    return small
 
 
 def pruned(model: Any, num_layers: int) -> Any:
@@ -63,9 +89,9 @@ class DraftTraining(nn.Module):
 
 def tail_divergence(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean KL () between targets known by their best tokens (N, K) and softmax(``logits``) (N, V); ranks (N,)."""
-    found = logits.gather(-1, top_ids)
-    ours = (found - logits.logsumexp(-1, keepdim=True)).clamp(max=-1e-6)
-    rest, our_rest = ((1 - each.exp().sum(-1)).clamp(min=1e-6) for each in (top_logprobs, ours))
-    loss = (top_logprobs.exp() * (top_logprobs - ours)).sum(-1) + rest * (rest.log() - our_rest.log())
-    ranks = (logits.detach() > found[:, :1].detach()).sum(-1)
+    top_logits = logits.gather(-1, top_ids)
+    draft_logprobs = (top_logits - logits.logsumexp(-1, keepdim=True)).clamp(max=-1e-6)
+    rest, draft_rest = ((1 - logprobs.exp().sum(-1)).clamp(min=1e-6) for logprobs in (top_logprobs, draft_logprobs))
+    loss = (top_logprobs.exp() * (top_logprobs - draft_logprobs)).sum(-1) + rest * (rest.log() - draft_rest.log())
+    ranks = (logits.detach() > top_logits[:, :1].detach()).sum(-1)
     return loss.mean(), ranks

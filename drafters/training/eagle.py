@@ -7,21 +7,75 @@ earlier: the slot then attends to true slots up to t - k, and to its own k lates
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters.heads.eagle_cell import EagleCell
+from specdec.drafters.heads.eagle_cell import EagleCell, FeatureCell
+from specdec.drafters.heads.eagle_config import EagleConfig
+from specdec.drafters.heads.eagle_engine import head_layers, share_output
+from specdec.drafters.heads.eagle_format import load_eagle, save_eagle
+from specdec.drafters.heads.shipped import target_facts
+from specdec.drafters.training.job import Facts, Job
 from specdec.drafters.training.outcome import Batch, Outcome
+from specdec.drafters.training.recipes import EagleRecipe
 from specdec.drafters.training.targets import SoftTargets
-from specdec.engine.hidden_states import decoder_layers
+from specdec.drafters.training.vocabulary import check_output, draft_vocabulary
+from specdec.drafters.training.warm_start import warm_start
+from specdec.errors import CheckpointError
 
 DECAY = 0.8
-_LARGE = 2.0**10
+
+
+def train_eagle(job: Job, recipe: EagleRecipe) -> Facts:
+    """Train a cell by ``recipe`` and save it.
+
+    Raises:
+        CheckpointError: ``start_from`` names a head of another target, or one of a form that is not trained here.
+    """
+    start = None if recipe.start_from is None else _started(job, recipe, Path(recipe.start_from).expanduser())
+    ids, facts = draft_vocabulary(job, recipe.draft_vocab, None if start is None else start.target_ids())
+    if start is None:
+        cell = EagleCell(EagleConfig.for_target(job.model.config, len(ids)), ids)
+        if not warm_start(cell, job.model):
+            job.say(
+                "the target's last layer does not fit the cell: attention or its feed-forward part starts at random"
+            )
+    else:
+        cell = start.float()
+        share_output(cell, job.model)
+    cell.lm_head.weight.requires_grad_(recipe.own_output)
+    facts |= job.fit(EagleTraining(cell, embedding_table(job.model), recipe.steps), recipe.settings)
+    # The target's own output matrix need not be stored again.
+    shares = not recipe.own_output
+    job.save(lambda: save_eagle(cell.to(torch.bfloat16), job.folder, target_facts(job.model), shares))
+    return facts
+
+
+def _started(job: Job, recipe: EagleRecipe, path: Path) -> EagleCell:
+    config = job.model.config.get_text_config()
+    cell = load_eagle(path, config.hidden_size, config.vocab_size)
+    if isinstance(cell, FeatureCell):
+        raise CheckpointError(f"{path} is an EAGLE-1 or 2 head: only EAGLE-3 heads are trained here")
+    layers = head_layers(cell.config, config.num_hidden_layers)
+    if layers != tuple(job.store.layers):
+        raise CheckpointError(
+            f"{path} reads hidden_states{list(layers)} of its target, and heads are trained here on "
+            f"hidden_states{list(job.store.layers)}: it can be used, but not trained further"
+        )
+    check_output(path, cell.config.shares_output, recipe.own_output)
+    return cell
+
+
+@torch.no_grad()
+def embedding_table(model: Any) -> Tensor:
+    """(V, H) what the model's embedding layer gives for each id: some scale their weights."""
+    layer = model.get_input_embeddings()
+    table: Tensor = layer(torch.arange(len(layer.weight), device=layer.weight.device))
+    return table.float()
 
 
 class EagleTraining(nn.Module):
@@ -112,95 +166,3 @@ def unrolled_attention(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> T
 def _shifted(x: Tensor, by: int) -> Tensor:
     """``x`` (B, G, T, D) moved ``by`` slots to the right, zeros in front."""
     return x if by == 0 else nn.functional.pad(x[:, :, :-by], (0, 0, by, 0))
-
-
-@torch.no_grad()
-def warm_start(cell: EagleCell, model: nn.Module) -> bool:
-    """Copy the target's last decoder layer into the cell, as far as its parts have the same names and shapes.
-
-    Attention reads the embedding and the state side by side, so each half gets the layer's weights by a half; the
-    first state is the last of the three features. The output matrix is the target's at the draft vocabulary. A norm
-    gets the scale of the one that stands before the same part of the target, be it stored as such or as an offset
-    from 1. Returns whether the whole layer fitted.
-    """
-    layer = decoder_layers(model)[-1]
-    size, source = cell.config.hidden_size, dict(layer.state_dict())
-    attention, feedforward, output = _norms_before(model, layer)
-    norms = {"input_layernorm": attention, "hidden_norm": attention, "post_attention_layernorm": feedforward}
-    fitted = True
-    for name, parameter in cell.midlayer.named_parameters():
-        part = name.split(".")[0]
-        value = norm_scale(norms[part], size) if part in norms else source.get(name)
-        if value is not None and name.split(".")[1][:1] in "qkv" and value.dim() == 2:
-            value = torch.cat([value, value], 1) / 2
-        if value is None or value.shape != parameter.shape:
-            fitted = False
-            continue
-        parameter.copy_(value)
-    if cell.fc is not None and cell.fc.weight.shape == (size, 3 * size):
-        cell.fc.weight.zero_()
-        cell.fc.weight[:, 2 * size :].fill_diagonal_(1.0)
-    head = model.get_output_embeddings().weight  # type: ignore[operator]
-    if head.shape[1] == size:
-        cell.lm_head.weight.copy_(head[cell.target_ids()])
-    final = norm_scale(output, size)
-    if final is not None:
-        cell.norm.weight.copy_(final)
-    return fitted
-
-
-def _norms_before(model: Any, layer: nn.Module) -> list[nn.Module | None]:
-    """What made the input of ``layer``'s attention, of its feed-forward part and of the output matrix, seen in a pass.
-
-    Architectures agree neither on the names of their norms nor on their places.
-    """
-    decoder, parts = model.get_decoder(), dict(layer.named_modules())
-    made: list[tuple[nn.Module, Any]] = []  # all are kept: memory that is used again would deceive
-    read: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_hook(lambda module, _, out: made.append((module, out)))
-        for module in decoder.modules()
-        if not any(True for _ in module.children())
-    ]
-    for name in ("self_attn.q_proj", "mlp.gate_proj"):
-        if name in parts:
-            see = partial(_see, read, name)
-            hooks.append(parts[name].register_forward_pre_hook(see))
-    try:
-        ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-        read["output"] = decoder(input_ids=ids, use_cache=False)[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [_maker(read.get(name), made) for name in ("self_attn.q_proj", "mlp.gate_proj", "output")]
-
-
-def _see(read: dict[str, Tensor], name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-    read[name] = args[0]
-
-
-def _maker(x: Tensor | None, made: Sequence[tuple[nn.Module, Any]]) -> nn.Module | None:
-    """The first module that put out ``x``, perhaps in another shape."""
-    for module, out in made:
-        if x is not None and isinstance(out, Tensor) and (out.data_ptr(), out.numel()) == (x.data_ptr(), x.numel()):
-            return module
-    return None
-
-
-@torch.no_grad()
-def norm_scale(norm: nn.Module | None, size: int) -> Tensor | None:
-    """(H,) what ``norm`` multiplies each of ``size`` normalised values by, whatever it stores; None if it is no norm.
-
-    A vector of 1 and -1 in turn has mean 0 and length 1 already, so a norm gives back its scale with these signs, plus
-    its bias; a large multiple of it makes nothing of the epsilon.
-    """
-    if norm is None:
-        return None
-    norm = copy.deepcopy(norm).float()
-    signs = torch.ones(size, device=next((p.device for p in norm.parameters()), None))
-    signs[1::2] = -1
-    up, twice, down = (norm(factor * signs) for factor in (_LARGE, 2 * _LARGE, -_LARGE))
-    if up.shape != signs.shape or not torch.allclose(up, twice):
-        return None
-    scale: Tensor = signs * (up - down) / 2
-    return scale

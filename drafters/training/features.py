@@ -137,11 +137,11 @@ class FeatureStore:
         if not file.exists():
             write_json(file, facts)
             return
-        known = facts | read_json(file)  # older folders have no fingerprint
+        on_disk = facts | read_json(file)  # older folders have no fingerprint
         wrong = [
-            f"{key} {known[key]}, not {facts[key]}" for key in ("layers", "max_length") if known[key] != facts[key]
+            f"{key} {on_disk[key]}, not {facts[key]}" for key in ("layers", "max_length") if on_disk[key] != facts[key]
         ]
-        if fault := "; ".join(wrong) or mismatch(known, facts):
+        if fault := "; ".join(wrong) or mismatch(on_disk, facts):
             raise ValueError(f"{self.path} holds other features ({fault}); name another folder, or delete this one")
 
     @torch.no_grad()

@@ -15,59 +15,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters.heads.checkpoint_io import check_tensors, read_plain
 from specdec.drafters.training.outcome import Batch, Batches, Meter, Outcome
-from specdec.errors import CheckpointError
-from specdec.records.files import write_file
+from specdec.drafters.training.recipes import TrainSettings
+from specdec.drafters.training.run_state import Place, RunState
 
 _STATE = "state.pt"
 _LOG = "log.jsonl"
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """How long and how hard to train. With ``minutes``, training ends after that time, and so does the schedule."""
-
-    epochs: float = 3.0
-    minutes: float | None = None
-    learning_rate: float = 1e-3
-    warmup: float = 0.02  # share of the run
-    weight_decay: float = 0.01
-    clip: float = 1.0  # of the gradient's norm
-    precision: str = "bf16"  # of the matrix products: bf16, fp16 or no
-    device: str = "auto"
-    seed: int = 0
-    save_every_s: float = 45.0
-    report_every_s: float = 15.0
-    evaluate_every_s: float = 240.0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "clip", "save_every_s", "report_every_s", "evaluate_every_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be positive, got {self.minutes}")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision must be no, bf16 or fp16, got {self.precision!r}")
-
-
-@dataclass(slots=True)
-class Place:
-    """Where a run stands."""
-
-    step: int = 0
-    epoch: int = 0
-    index: int = 0  # batches done of this epoch
-    elapsed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +167,10 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         """A linear rise, then half a cosine down to a fiftieth."""
-        done, warmup = min(self.progress, 1.0), self.settings.warmup
-        if done < warmup:
-            return self.settings.learning_rate * max(done / warmup, 0.02)
-        share = (done - warmup) / (1 - warmup)
+        progress, warmup = min(self.progress, 1.0), self.settings.warmup
+        if progress < warmup:
+            return self.settings.learning_rate * max(progress / warmup, 0.02)
+        share = (progress - warmup) / (1 - warmup)
         return self.settings.learning_rate * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
 
     @torch.no_grad()
@@ -235,48 +196,18 @@ class Trainer:
         )
 
     def _save(self, fit: _Prepared) -> None:
-        if not fit.accelerator.is_main_process:
-            return
-        state = {
-            "weights": {name: p.detach().cpu() for name, p in self.module.named_parameters() if p.requires_grad},
-            "optimizer": fit.optimizer.state_dict(),
-            "scaler": fit.accelerator.scaler and fit.accelerator.scaler.state_dict(),
-            "place": asdict(self.place),
-            "seed": self.settings.seed,
-        }
-        write_file(self.folder / _STATE, partial(torch.save, state))
+        if fit.accelerator.is_main_process:
+            self._state.save(fit.optimizer, fit.accelerator.scaler, self.place)
 
     def _resume(self, optimizer: Any, scaler: Any) -> None:
-        file = self.folder / _STATE
-        if not file.exists():
-            return
-        advice = "name another folder, or delete it to start anew"
-        try:
-            state = read_plain(file)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {advice}") from None
-        try:
-            self._restore(state, optimizer, scaler)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file} belongs to a run with other settings ({error}); {advice}") from None
-        self.say(f"resuming at step {self.place.step} ({100 * min(self.progress, 1):.0f} % done)")
+        place = self._state.restore(optimizer, scaler)
+        if place is not None:
+            self.place = place
+            self.say(f"resuming at step {place.step} ({100 * min(self.progress, 1):.0f} % done)")
 
-    def _restore(self, state: dict[str, Any], optimizer: Any, scaler: Any) -> None:
-        """Take over ``state``, as ``_save`` writes it; whatever is wrong with it is an error."""
-        if state["seed"] != self.settings.seed:
-            raise ValueError(f"seed {state['seed']}, not {self.settings.seed}")
-        own = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        check_tensors(state["weights"], {name: tuple(p.shape) for name, p in own.items()}, "the state")
-        with torch.no_grad():
-            for name, p in own.items():
-                p.copy_(state["weights"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        for p, moments in optimizer.state.items():
-            if any(moment.dim() and moment.shape != p.shape for moment in moments.values()):
-                raise ValueError("its optimizer is of other weights")
-        if scaler is not None and state.get("scaler"):  # a run in another precision has none
-            scaler.load_state_dict(state["scaler"])
-        self.place = Place(**state["place"])
+    @property
+    def _state(self) -> RunState:
+        return RunState(self.folder / _STATE, self.module, self.settings.seed)
 
 
 def _share(batch: Batch, num_processes: int, index: int) -> Batch:

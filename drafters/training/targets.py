@@ -64,12 +64,12 @@ class _CrossEntropy(torch.autograd.Function):
                 rows = slice(first, first + _CHUNK)
                 logits = (states[rows] @ matrix.T).float()
                 wanted, share = places[rows], weights[rows]
-                found = logits.gather(-1, wanted)
-                ranks[rows] = (logits > found[:, :1]).sum(-1)
+                wanted_logits = logits.gather(-1, wanted)
+                ranks[rows] = (logits > wanted_logits[:, :1]).sum(-1)
                 peak = logits.amax(-1, keepdim=True)
                 probs = logits.sub_(peak).exp_()
                 total = probs.sum(-1, keepdim=True)
-                loss += (share * (total.log() + peak - found)).sum()
+                loss += (share * (total.log() + peak - wanted_logits)).sum()
                 if grad_states is None:
                     continue
                 grads = probs.mul_(share.sum(-1, keepdim=True) / total).scatter_add_(-1, wanted, -share)

@@ -51,13 +51,13 @@ class _Merged:
         for node in range(1, len(tree)):
             parent, token, source = where[tree.parents[node]], tree.tokens[node], tree.source(node)
             estimate = tree.estimates[node] if tree.estimates else 0.0
-            known = self.places.get((parent, token))
-            if known is None or source >= 0:
+            place = self.places.get((parent, token))
+            if place is None or source >= 0:
                 self._append(parent, token, -1 if source < 0 else first_row + source, estimate)
-            if known is None:
-                known = self.places[(parent, token)] = len(self.tokens) - 1
-            self.estimates[known] = max(self.estimates[known], estimate)
-            where.append(known)
+            if place is None:
+                place = self.places[(parent, token)] = len(self.tokens) - 1
+            self.estimates[place] = max(self.estimates[place], estimate)
+            where.append(place)
 
     def _append(self, parent: int, token: int, source: int, estimate: float) -> None:
         self.tokens.append(token)

@@ -35,7 +35,7 @@ def ranking(
     """
     if params.is_greedy:
         return (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
-    probs = torch.stack([sampling_probs(each, params) for each in logits])
+    probs = torch.stack([sampling_probs(node_logits, params) for node_logits in logits])
     if rng is None:
         return probs
     support = (probs > 0).any(0).nonzero().squeeze(-1)

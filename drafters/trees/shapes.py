@@ -28,13 +28,13 @@ class StaticShape:
     paths: tuple[Path, ...]  # without the root
 
     def __post_init__(self) -> None:
-        known = set(self.paths)
+        paths = set(self.paths)
         for path in self.paths:
             if (
                 not path
                 or path[-1] < 0
-                or (path[:-1] and path[:-1] not in known)
-                or (path[-1] > 0 and (*path[:-1], path[-1] - 1) not in known)
+                or (path[:-1] and path[:-1] not in paths)
+                or (path[-1] > 0 and (*path[:-1], path[-1] - 1) not in paths)
             ):
                 raise ValueError(f"a shape must hold the parent and the elder siblings of each node, not so for {path}")
 

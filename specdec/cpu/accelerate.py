@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from specdec.cpu.fused_layer import fuse
+from specdec.cpu.fusing import fuse
 from specdec.cpu.packed_linear import is_packed, pack, packable, packing_fault
-from specdec.engine.grouped_attention import NAME as GROUPED
+from specdec.engine.attention import NAME as GROUPED
 from specdec.engine.model_state import ModelState
 from specdec.engine.offload import is_offloaded
 from specdec.engine.shared_copy import kept_copy, shares_attention, sharing_copy

@@ -3,18 +3,16 @@
 A layer of Llama's kind (two norms, attention with rotary positions, a gated MLP) runs as some sixty operators and a
 dozen Python modules, which cost as much as its matrix products where only a few tokens are processed. Here the
 products with one input are one product, rotations are two operators, and modules that only pass on are left out.
-What a layer is, is read from the names that its code uses, never from the name of its class, and a fused layer is
-taken only if it gives what the original gave in a trial pass of the model. Letters: B rows, T tokens, H hidden size,
-h query heads, G key-value heads, D head size.
+Which layers these are: ``specdec.cpu.known_layers``; how they are tried before use: ``specdec.cpu.fusing``.
+
+Letters for shapes: B rows, T tokens, H hidden size, h query heads, G key-value heads, D head size.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import contains
-from types import CodeType
 from typing import Any
 
 import torch
@@ -23,32 +21,10 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specdec.cpu.packed_linear import PackedLinear, PackedSlice, plain_weight
-from specdec.engine.hidden_states import decoder_layers
-from specdec.engine.module_views import ModuleView, own_attributes, view_of
-from specdec.engine.shared_copy import is_changed, replaceable
+from specdec.cpu.known_layers import NORM_NAMES, names_of
+from specdec.cpu.packed_linear import PackedLinear, PackedSlice
 
-_KEYWORDS = frozenset("attention_mask position_ids past_key_values use_cache position_embeddings".split())
-_PARTS = frozenset("input_layernorm self_attn post_attention_layernorm mlp".split())
-_PROJECTIONS = frozenset("q_proj k_proj v_proj o_proj".split())
-_HEAD_NORMS = frozenset("q_norm k_norm".split())
-_MLP_PARTS = frozenset("gate_proj up_proj down_proj act_fn".split())
-_LAYER_NAMES = _PARTS | _KEYWORDS | {"hidden_states"}
-_ATTENTION_NAMES = (
-    _PROJECTIONS
-    | _HEAD_NORMS
-    | frozenset(
-        "shape head_dim view transpose reshape contiguous apply_rotary_pos_emb update layer_idx getattr"
-        " ALL_ATTENTION_FUNCTIONS get_interface config _attn_implementation eager_attention_forward"
-        " training attention_dropout dropout scaling sliding_window use_rope".split()
-    )
-)
-_NORM_NAMES = frozenset(
-    "dtype to torch float32 pow mean keepdim rsqrt variance_epsilon eps weight F rms_norm normalized_shape".split()
-)
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of what a layer adds: another order of summation
 _ATTENTION = "_attn_implementation_internal"  # where a config of transformers keeps its attention
-_MOST = 0.9  # of the channels: in one that nearly cancels, rounding is large
 
 
 class FusedLayer:
@@ -196,7 +172,7 @@ def norm_of(module: Any) -> Norm:
     weights: dict[str, Tensor] = module._parameters
     eps = next((name for name in ("variance_epsilon", "eps") if isinstance(members.get(name), float)), None)
     weight = weights.get("weight")
-    if eps is None or weight is None or weight.dim() != 1 or not _names(module) <= _NORM_NAMES:
+    if eps is None or weight is None or weight.dim() != 1 or not names_of(module) <= NORM_NAMES:
         return module  # type: ignore[no-any-return]
 
     def fused(x: Tensor) -> Tensor:
@@ -219,144 +195,3 @@ def merged(parent: nn.Module, names: Sequence[str]) -> PackedLinear:
         setattr(parent, name, PackedSlice(whole, start, len(layer.weight)))
         start += len(layer.weight)
     return whole
-
-
-def fuse(model: Any) -> int:
-    """Fuse the decoder layers of ``model`` that can be fused, in place; returns how many those are."""
-    layers = _candidates(model)
-    calls = _trial(model, layers) if layers else {}
-    rotation, count = Rotation(), 0
-    for layer, call in calls.items():
-        children = {module: dict(module.named_children()) for module in (layer.self_attn, layer.mlp)}
-        fused = _tried(layer, rotation, *call)
-        if fused is not None:
-            _install(model, layer, fused)
-            count += 1
-        else:
-            for module, named in children.items():
-                for name, child in named.items():
-                    setattr(module, name, child)
-    return count
-
-
-def _install(model: Any, layer: Any, fused: FusedLayer) -> None:
-    """Let ``fused`` be the forward of ``layer``; of a view it must not become that of its original."""
-    if not isinstance(layer, ModuleView):
-        layer.forward = fused
-        return
-    ours = view_of(layer, {**own_attributes(layer), "forward": fused})
-    children = decoder_layers(model)._modules
-    children.update({name: ours for name, child in children.items() if child is layer})
-
-
-@torch.no_grad()
-def _tried(
-    layer: Any, rotation: Rotation, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Tensor
-) -> FusedLayer | None:
-    """``layer`` fused, if that gives what the layer gave; in 16 bits, whose rounding hides much, in float32 as well."""
-    try:
-        if expected.dtype != torch.float32:
-            wide, (wide_args, wide_kwargs) = copy.deepcopy(layer).float(), _in_float32((args, kwargs))
-            wide_expected = wide(*wide_args, **wide_kwargs)
-            if _tried(wide, Rotation(), wide_args, wide_kwargs, wide_expected) is None:
-                return None
-            del wide, wide_args, wide_kwargs, wide_expected
-        fused = FusedLayer(layer, rotation)
-        return fused if _is_equal(fused.fused(*args, **kwargs), expected, args[0]) else None
-    except Exception:  # a layer may have the names of Llama's and other shapes
-        return None
-
-
-def _in_float32(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _in_float32(entry) for key, entry in value.items()}
-    return tuple(map(_in_float32, value)) if isinstance(value, tuple | list) else value
-
-
-def _is_equal(found: Tensor, expected: Tensor, given: Tensor) -> bool:
-    """Whether a layer that was ``given`` (B, T, H) returned what was ``expected``, but for the order of summation.
-
-    Judged in each channel, by what the layer adds: a few channels of many models are a thousand times as large as all
-    others, and a large residual hides nothing but its own rounding.
-    """
-    if found.shape != expected.shape:
-        return False
-    error, added, whole = (t.double().flatten(0, 1).norm(dim=0) for t in (found - expected, expected - given, expected))
-    allowed = _TOLERANCE[expected.dtype] * added + torch.finfo(expected.dtype).eps * whole
-    return bool((error <= allowed).float().mean() >= _MOST)
-
-
-def _candidates(model: Any) -> list[Any]:
-    """The decoder layers that are built and written like those that are known."""
-    try:
-        layers = list(decoder_layers(model))
-    except (ValueError, AttributeError):
-        return []
-    own = set(replaceable(model))
-    return [layer for layer in layers if _is_known(layer) and own.issuperset((layer, layer.self_attn, layer.mlp))]
-
-
-def _is_known(layer: Any) -> bool:
-    """Whether a layer has the parts of Llama's, all linear ones plain, and its code uses nothing else."""
-    if _children(layer) != _PARTS:
-        return False
-    attention, mlp = layer.self_attn, layer.mlp
-    if _children(attention) not in (_PROJECTIONS, _PROJECTIONS | _HEAD_NORMS) or _children(mlp) != _MLP_PARTS:
-        return False
-    linear = [getattr(attention, name) for name in _PROJECTIONS] + [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return (
-        all(type(child) is nn.Linear and plain_weight(child) is not None for child in linear)
-        and len({child.weight.dtype for child in linear}) == 1
-        and not any(is_changed(module) for module in layer.modules())
-        and _names(layer) <= _LAYER_NAMES
-        and _names(attention) <= _ATTENTION_NAMES
-        and _names(mlp) <= _MLP_PARTS
-    )
-
-
-def _children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
-
-
-def _names(module: nn.Module) -> set[str]:
-    """The globals, attributes, keywords and strings that the code of a module's forward uses."""
-    forward: Any = type(module).forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    return _code_names(forward.__code__) - {forward.__doc__}
-
-
-def _code_names(code: CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            names.add(constant)
-        elif isinstance(constant, tuple):
-            names.update(word for word in constant if isinstance(word, str))
-        elif isinstance(constant, CodeType):  # functions within
-            names |= _code_names(constant)
-    return names
-
-
-@torch.no_grad()
-def _trial(model: Any, layers: Sequence[Any]) -> dict[Any, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
-    """How the model calls its layers in a small pass, and what they return; empty if it cannot be called like this."""
-    calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
-
-    def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # A copy shares its hooks with the model, which may be running in another thread.
-        if layer in layers and isinstance(output, Tensor) and len(args) == 1 and set(kwargs) <= _KEYWORDS:
-            calls[layer] = (args, kwargs, output)
-
-    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
-    ids = torch.arange(10).view(2, 5) % model.config.get_text_config().vocab_size
-    try:
-        model(input_ids=ids, use_cache=False)
-    except Exception:  # whatever a model does that wants more than ids
-        return {}
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls

@@ -20,15 +20,13 @@ from specdec.cuda.host_state import host_state
 from specdec.cuda.recording import CudaGraphs, Recorder, Recording
 from specdec.cuda.static_pass import WORD, PassOutput, PassShape, StepInputs, recordable, tree_of
 from specdec.engine.cache import RaggedCache
-from specdec.engine.grouped_attention import NAME, use_kernels
 from specdec.engine.hidden_states import HiddenStateHooks
 from specdec.engine.masks import MaskStyle
 from specdec.engine.model_state import ModelState
 from specdec.engine.passes import RowPass
 from specdec.engine.probe import agree
 from specdec.engine.replay import Replay
-from specdec.engine.shared_copy import kept_copy, shares_attention, sharing_copy
-from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import Scores
 from specdec.kernels.attention import MAX_AREA
 from specdec.kernels.gpu import device_unavailable
@@ -197,29 +195,6 @@ def graph_pool(model: Any) -> GraphPool:
             f"CUDA graphs need a model on one GPU and attention by our own kernels: {fault}; leave cuda_graphs out"
         )
     return GraphPool(model, GraphRecorders(device))
-
-
-def kernel_copy(model: Any) -> Any:
-    """``model`` on our attention: a copy that shares all else with it, kept as by ``kept_copy``.
-
-    Raises:
-        UnsupportedModelError: the model keeps another attention, or a part of it with an attention has a forward of
-            its own.
-    """
-    return kept_copy("kernels", model, _on_kernels)
-
-
-def _on_kernels(model: Any) -> Any:
-    if model.config.get_text_config()._attn_implementation == NAME:
-        return model
-    ours = sharing_copy(model)
-    if ours is model or shares_attention(ours):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot run on another attention beside its own: it, or a model within it, was given "
-            "a forward of its own; remove that, or leave cuda_graphs out"
-        )
-    use_kernels(ours)
-    return ours
 
 
 def _at_least(sizes: Sequence[int], wanted: int) -> int | None:

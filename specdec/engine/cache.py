@@ -68,7 +68,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         else:
             self.grow()
-            self.keys, self.values = _widened(self.keys, key_states), _widened(self.values, value_states)
+            self.keys, self.values = widened(self.keys, key_states), widened(self.values, value_states)
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def grow(self) -> None:
@@ -178,7 +178,7 @@ class RaggedCache:
                     buffer[target, :, :length] = buffer[source, :, :length]
 
 
-def _widened(buffer: Tensor, states: Tensor) -> Tensor:
+def widened(buffer: Tensor, states: Tensor) -> Tensor:
     """``buffer`` in a dtype that holds ``states`` too: a first pass under autocast may have had a narrower one."""
     if buffer.dtype == states.dtype:
         return buffer

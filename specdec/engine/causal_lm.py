@@ -15,17 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.engine.cache import Move, RaggedCache
+from specdec.engine.attention import NAME as OUR_ATTENTION
+from specdec.engine.cache import RaggedCache
 from specdec.engine.hidden_states import HiddenStateHooks, joined
+from specdec.engine.layout import KVRows
 from specdec.engine.masks import MaskStyle
 from specdec.engine.model_state import ModelState
 from specdec.engine.offload import input_device
-from specdec.engine.passes import CacheRows, RowPass, in_lockstep, in_order, mask_plan, pass_slots
+from specdec.engine.paged_rows import PagedRows
+from specdec.engine.passes import RowPass, in_order
 from specdec.engine.probe import Support, inspect_model, probe
+from specdec.engine.ragged_rows import RaggedRows
 from specdec.engine.replay import Replay, ReplayPool
 from specdec.engine.wrapped import model_inside, takes
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row, Scores
+from specdec.paging.pool import BlockPool
+from specdec.paging.tables import BlockTables
 from specdec.tree import TokenTree
 
 PREFILL_CHUNK = 1024  # tokens a row: a longer prompt is processed in several passes, which bounds the mask's memory
@@ -41,6 +47,8 @@ class CausalLM:
         feature_layers: also return these entries of ``hidden_states`` (0 = embeddings), side by side.
         replays: where recorded passes come from (``specdec.cuda.graphs.graph_pool``); None: nothing is recorded. They
             and the cache stay for the next engine on ``model`` once all rows are closed.
+        tables: keep keys and values in pages, in the blocks of these tables, which draft models share; None: in lines.
+        is_owner: whether rows get and lose their blocks here (the target); draft models follow.
         clock: seconds; the time spent inside the model is added up in ``model_s``.
 
     Raises:
@@ -54,6 +62,8 @@ class CausalLM:
         capture_hidden: bool = False,
         feature_layers: Sequence[int] = (),
         replays: ReplayPool | None = None,
+        tables: BlockTables | None = None,
+        is_owner: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.module = model  # what runs
@@ -67,8 +77,11 @@ class CausalLM:
         self._clock = clock
         self._config = model.config.get_text_config()
         self.hidden_size: int = self._config.hidden_size
-        self._cache_rows = CacheRows()
-        self._cache = self._new_cache()
+        self._new_rows: Callable[[], KVRows] = self._lines
+        self._rows = self._new_rows()
+        self.tables: BlockTables | None = None
+        self._queued: dict[Row, int] = {}  # tokens of prompts that the next pass is to process
+        self._processed: dict[Row, list[Scores]] = {}  # what earlier ones said of them
         self.replays: ReplayPool | None = None  # the probe takes the ordinary path
         self.replay: Replay | None = None
         self._takes_keep = takes(self.module, "logits_to_keep")
@@ -77,7 +90,28 @@ class CausalLM:
         # Once for each model object: generate() builds a CausalLM at every call.
         key = ("support", *self._built_for.values(), self.support)
         self.support = ModelState.of(self.module).keep(key, self._probe)
-        self.replays = replays
+        if tables is not None:
+            self._move_into(tables, is_owner)
+        else:
+            self.replays = replays
+
+    def _move_into(self, tables: BlockTables, is_owner: bool) -> None:
+        """Keep rows in pages: one behind the other in a pass where the model takes our attention and passes a trial."""
+
+        def pages(tables: BlockTables, is_owner: bool, is_flat: bool) -> PagedRows:
+            return PagedRows(tables, self._config.num_hidden_layers, is_owner=is_owner, is_flat=is_flat)
+
+        def is_flat() -> bool:
+            if self.chain_only or self._config._attn_implementation != OUR_ATTENTION:
+                return False
+            self._new_rows = lambda: pages(BlockTables(BlockPool(8, 4)), is_owner=True, is_flat=True)
+            self._rows = self._new_rows()
+            return not probe(self, branching=True)
+
+        key = ("flat", *self._built_for.values())
+        is_flat_here = ModelState.of(self.module).keep(key, is_flat)
+        self.tables, self._new_rows = tables, lambda: pages(tables, is_owner, is_flat_here)
+        self._rows = self._new_rows()
 
     def request(self, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
         """Return these hidden states, too, with every pass from now on; what was asked for earlier stays.
@@ -107,6 +141,17 @@ class CausalLM:
             )
         return scores.hidden
 
+    def rows_beside(self, num_layers: int) -> KVRows:
+        """Where a head that follows this model keeps the keys and values of its layers, in pages if they are here."""
+        if self.tables is None:
+            return RaggedRows(RaggedCache(num_layers))
+        return PagedRows(self.tables, num_layers, must_follow=True)
+
+    @property
+    def in_line(self) -> bool:
+        """Whether rows stand one behind the other in a pass, so that it has no padding."""
+        return isinstance(self._rows, PagedRows) and self._rows.is_flat
+
     @property
     def chain_only(self) -> bool:
         """Whether only chains can be verified (see ``support.reason``)."""
@@ -127,11 +172,12 @@ class CausalLM:
             ValueError: an empty prompt, ids outside the vocabulary, or more positions than the model has.
         """
         for row in rows:
-            self._check(row, may_outgrow)
+            self.check(row, may_outgrow)
         style = self.support.style
-        if self.replays and style and not len(self._cache_rows) and not self.chain_only:
-            self._cache, self.replay = self.replays.borrow(style, self._new_cache)
-        self._cache_rows.open(rows, self._cache)
+        if self.replays and style and not len(self._rows) and not self.chain_only:
+            cache, self.replay = self.replays.borrow(style, self._new_cache)
+            self._rows = RaggedRows(cache)
+        self._rows.open(rows)
 
     def score(
         self, rows: Sequence[Row], trees: Sequence[TokenTree], num_scored: Sequence[int] | None = None
@@ -146,13 +192,14 @@ class CausalLM:
         """
         self._check_settings()
         scored = num_scored or [0] * len(rows)
-        row_passes: list[RowPass] = []
-        earlier: list[list[Scores]] = []
+        queued, self._queued = self._queued, {}
+        row_passes = [RowPass(self._rows[row], self.pending(row)[:count], None, 0) for row, count in queued.items()]
+        earlier: list[list[Scores]] = [[]] * len(queued)
         for row, tree, done in zip(rows, trees, scored, strict=True):
-            cache_row = self._cache_rows[row]
-            pending = [] if done else row.tokens[cache_row.length : -1]
+            cache_row = self._rows[row]
+            pending = [] if done else self.pending(row)
             chunks = self._prefill(row, pending)
-            earlier.append(chunks)
+            earlier.append(self._processed.pop(row, []) + chunks)
             compact, cache_row.nodes = tree.compact()
             num_done = len(set(cache_row.nodes[:done]))
             row_passes.append(RowPass(cache_row, pending[len(chunks) * PREFILL_CHUNK :], compact, num_done))
@@ -162,34 +209,52 @@ class CausalLM:
                 results[i] = joined([*earlier[i], scores])
         for row_pass in row_passes:
             row_pass.cache_row.length = row_pass.base
+        for row, result in zip(queued, results, strict=False):
+            if result is not None and self._capture.is_active:
+                self._processed.setdefault(row, []).append(result)
+        trees_behind = slice(len(queued), None)
         return [
             expanded(r, row_pass.cache_row.nodes[done:], row_pass.num_scored)
-            for r, row_pass, done in zip(results, row_passes, scored, strict=True)
+            for r, row_pass, done in zip(results[trees_behind], row_passes[trees_behind], scored, strict=True)
             if r is not None
         ]
 
+    def pending(self, row: Row) -> list[int]:
+        """The tokens of ``row`` before its newest that the cache lacks."""
+        return row.tokens[self._rows[row].length : -1]
+
+    def num_kept(self, row: Row) -> int:
+        """How many tokens of ``row`` the cache holds."""
+        return self._rows[row].length
+
+    def queue_prefill(self, row: Row, num_tokens: int) -> None:
+        """Let the next ``score`` process so many of the row's pending tokens beside what it scores, in the same pass.
+
+        What else it has pending follows later; hidden states come with the row's first scores.
+        """
+        self._queued[row] = num_tokens
+
     def commit(self, rows: Sequence[Row], paths: Sequence[Sequence[int]]) -> None:
         """Keep the slots of the nodes ``paths`` (root first); they become the rows' next slots."""
-        moves = []
-        for row, path in zip(rows, paths, strict=True):
-            cache_row = self._cache_rows[row]
-            path = [cache_row.nodes[node] for node in path]
-            if path != list(range(len(path))):
-                moves.append(Move(cache_row.index, cache_row.length, path))
-            cache_row.length += len(path)
-        self._cache.move_slots(moves)
+        cache_rows = [self._rows[row] for row in rows]
+        self._rows.keep(
+            [(row, [row.nodes[node] for node in path]) for row, path in zip(cache_rows, paths, strict=True)]
+        )
 
     def close(self, rows: Sequence[Row]) -> None:
         """Free the lines of ``rows``; rows that were never opened are ignored."""
-        self._cache_rows.close([row for row in rows if row in self._cache_rows], self._cache)
-        if self.replays and self.replay and rows and not len(self._cache_rows):
-            self.replays.give_back(self._cache, self.replay)
-            self._cache = self._new_cache()
+        self._rows.close(rows)
+        for row in rows:
+            self._queued.pop(row, None)
+            self._processed.pop(row, None)
+        if self.replays and self.replay and rows and not len(self._rows):
+            assert isinstance(self._rows, RaggedRows)
+            self.replays.give_back(self._rows.cache, self.replay)
+            self._rows = RaggedRows(self._new_cache())
 
     def reset(self) -> None:
         """Forget all rows and free the cache."""
-        self._cache_rows = CacheRows()
-        self._cache, self.replay = self._new_cache(), None
+        self._rows, self.replay = self._new_rows(), None
 
     def _probe(self) -> Support:
         """Try what the config promises, so that no model can be wrong in silence."""
@@ -226,7 +291,24 @@ class CausalLM:
     def _new_cache(self) -> RaggedCache:
         return RaggedCache(self._config.num_hidden_layers)
 
-    def _check(self, row: Row, may_outgrow: bool) -> None:
+    def _lines(self) -> KVRows:
+        return RaggedRows(self._new_cache())
+
+    def kv_bytes_per_token(self) -> int:
+        """What a token's keys and values take in all layers; asked before any row is open."""
+        row = Row(0, [0], 2)
+        self._rows.open([row])
+        try:
+            self.score([row], [TokenTree.root(0)])
+            assert isinstance(self._rows, RaggedRows)
+            buffers = [buffer for pair in self._rows.cache.pairs if pair for buffer in pair]
+        finally:
+            self.close([row])
+            self.model_s, self.num_passes = 0.0, 0
+        return sum(b.shape[1] * b.shape[3] * b.element_size() for b in buffers)
+
+    def check(self, row: Row, may_outgrow: bool = False) -> None:
+        """Whether ``row`` can be opened, as ``open`` says it."""
         if not row.tokens:
             raise ValueError("a row needs at least one prompt token, got an empty prompt")
         worst = max(max(row.tokens), -min(row.tokens))
@@ -246,11 +328,11 @@ class CausalLM:
 
     def _groups(self, row_passes: Sequence[RowPass]) -> list[list[int]]:
         """Which parts share a forward pass, each in the order of the cache's lines."""
-        return [[i] for i in in_order(row_passes)] if self.chain_only else self._cache_rows.groups(row_passes)
+        return [[i] for i in in_order(row_passes)] if self.chain_only else self._rows.groups(row_passes)
 
     def _prefill(self, row: Row, pending: list[int]) -> list[Scores]:
         """Process what a long prompt has beyond one chunk, chunk by chunk."""
-        cache_row = self._cache_rows[row]
+        cache_row = self._rows[row]
         chunks = []
         for first in range(0, len(pending) - PREFILL_CHUNK, PREFILL_CHUNK):
             row_pass = RowPass(cache_row, pending[first : first + PREFILL_CHUNK], None, 0)
@@ -263,7 +345,8 @@ class CausalLM:
         if self.replay is None:
             return self._run(row_passes)
         started = self._clock()
-        replayed = self.replay.score(self.module, row_passes, self._cache, self._capture)
+        assert isinstance(self._rows, RaggedRows)
+        replayed = self.replay.score(self.module, row_passes, self._rows.cache, self._capture)
         if replayed is None:
             return self._run(row_passes)
         self.model_s += self._clock() - started
@@ -277,47 +360,35 @@ class CausalLM:
     @torch.no_grad()
     def _run(self, row_passes: Sequence[RowPass]) -> list[Scores]:
         """The ordinary path: whatever the model, the parts and the device."""
-        columns = [row_pass.new_tokens for row_pass in row_passes]
-        num_columns = max(map(len, columns))
-        input_ids = torch.tensor([[0] * (num_columns - len(c)) + c for c in columns], device=self.device)
-        is_plain = self._is_plain(row_passes)
-        start = max(row_pass.start for row_pass in row_passes)
-        width = start + num_columns
-        is_dense = is_plain or len(row_passes) == 1  # a row alone fills its slots in order
-        slots = None if is_dense else pass_slots(row_passes, num_columns).to(self.device)
-        self._cache.begin_pass(row_passes[0].cache_row.index, start, width, slots)
+        layout = self._rows.lay_out(row_passes, self.device)
         inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "past_key_values": self._cache.past_key_values,
+            "input_ids": layout.ids,
+            "past_key_values": self._rows.past_key_values,
             "use_cache": True,
         }
-        if not self.chain_only:
-            style, plan = self.support.style, mask_plan(row_passes, num_columns, width, self.device)
-            assert isinstance(style, MaskStyle)
-            inputs["position_ids"] = plan.positions
-            if not is_plain:
-                inputs["attention_mask"] = style.build(plan)
-        num_nodes = [len(row_pass.tree) - row_pass.num_scored if row_pass.tree else 0 for row_pass in row_passes]
-        num_kept = max(1, *num_nodes)
-        if self._takes_keep and num_kept < num_columns and not self._capture.needs_all_logits:
-            # Given a number, Gemma 4 drops the other columns in the middle of the model.
-            kept = torch.arange(num_columns - num_kept, num_columns, device=self.device)
-            inputs["logits_to_keep"] = kept if self._capture.is_active else num_kept
+        if self.chain_only:
+            self._check_chains(row_passes)
+        else:
+            assert isinstance(self.support.style, MaskStyle)
+            inputs["position_ids"] = layout.positions
+            mask = layout.mask(self.support.style)
+            if mask is not None:
+                inputs["attention_mask"] = mask
+        if self._takes_keep and not self._capture.needs_all_logits:
+            kept = layout.kept(must_be_index=self._capture.is_active)
+            if kept is not None:
+                inputs["logits_to_keep"] = kept
         started = self._clock()
-        with self._capture:
+        with self._capture, layout.attending():
             logits: Tensor = self.module(**inputs).logits
-            captured = self._capture.take(num_columns)
+            captured = self._capture.take(layout.num_columns)
         self.model_s += self._clock() - started
         self.num_passes += 1
-        return [captured.scores(logits[b], len(columns[b]), num_nodes[b], b) for b in range(len(row_passes))]
+        return layout.scores(logits, captured)
 
-    def _is_plain(self, row_passes: Sequence[RowPass]) -> bool:
-        """Whether the model's own causal mask is right: chains in lockstep."""
-        if self.chain_only:
-            if not all(row_pass.tree is None or row_pass.tree.is_chain for row_pass in row_passes):
-                raise ValueError(f"this model can verify chains only ({self.support.reason}); got a tree with branches")
-            return True
-        return in_lockstep(row_passes)
+    def _check_chains(self, row_passes: Sequence[RowPass]) -> None:
+        if not all(row_pass.tree is None or row_pass.tree.is_chain for row_pass in row_passes):
+            raise ValueError(f"this model can verify chains only ({self.support.reason}); got a tree with branches")
 
 
 def expanded(scores: Scores, nodes: Sequence[int], num_scored: int) -> Scores:

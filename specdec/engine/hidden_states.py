@@ -35,12 +35,6 @@ class HiddenStates:
     hidden: Tensor | None  # (B, T, H)
     features: Tensor | None  # (B, T, F)
 
-    def scores(self, logits: Tensor, num_new: int, num_nodes: int, row: int) -> Scores:
-        """One row's share: its ``num_new`` new tokens, the last ``num_nodes`` of which are tree nodes."""
-        hidden = None if self.hidden is None else _last(self.hidden[row], num_new)
-        features = None if self.features is None else _last(self.features[row], num_new)
-        return Scores(_last(logits, num_nodes), hidden, features)
-
 
 @dataclass(slots=True)
 class HiddenStateHooks:
@@ -138,10 +132,6 @@ def joined(passes: Sequence[Scores]) -> Scores:
     hidden = [s.hidden for s in passes if s.hidden is not None]
     features = [s.features for s in passes if s.features is not None]
     return Scores(passes[-1].logits, torch.cat(hidden) if hidden else None, torch.cat(features) if features else None)
-
-
-def _last(states: Tensor, count: int) -> Tensor:
-    return states[states.shape[0] - count :]  # [-count:] would be everything for a count of 0
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

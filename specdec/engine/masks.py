@@ -123,10 +123,12 @@ class MaskStyle:
         """Windows count positions, never slots: siblings share a position."""
         if kind == FULL:
             return visible
-        keys, queries = slots()[:, None], positions[:, :, None]
-        if kind == SLIDING:
-            return visible & (keys > queries - self.window)
-        return visible & (keys // self.chunk == queries // self.chunk)
+        near: Tensor = self.within(kind, slots()[:, None], positions[:, :, None])
+        return visible & near
+
+    def within(self, kind: str, keys: Any, queries: Any) -> Any:
+        """Whether the window or chunk of ``kind`` lets ``queries`` see ``keys``: positions that broadcast."""
+        return keys > queries - self.window if kind == SLIDING else keys // self.chunk == queries // self.chunk
 
     def _finish(self, visible: Tensor) -> Tensor:
         if not self.is_additive:

@@ -1,7 +1,7 @@
-"""How rows share a forward pass: their lines in a cache, the columns of a pass, and who sees whom.
+"""What rows bring to a forward pass, which of them share one, and who sees whom. Knows no model and no cache.
 
-Knows no model. Columns of a pass are aligned at the right, so that the last ones are the trees'; slots of a line are
-aligned at the left, without holes. Letters: B rows, T columns, n nodes, p pending tokens.
+Slots count a row's own keys and values: slot = position up to the root, then the nodes in node order. Letters: B rows,
+T columns, n nodes, p pending tokens.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from specdec.engine.cache import RaggedCache
 from specdec.engine.masks import MaskPlan
-from specdec.interfaces import Row
 from specdec.tree import TokenTree
 
 PASS_COLUMNS = 128  # padded columns that are worth a pass of their own to avoid
@@ -44,6 +41,11 @@ class RowPass:
         return self.pending + list(self.tree.tokens[self.num_scored :]) if self.tree else self.pending
 
     @property
+    def num_new_nodes(self) -> int:
+        """n, the nodes that this pass scores."""
+        return len(self.tree) - self.num_scored if self.tree else 0
+
+    @property
     def base(self) -> int:
         """The slot of the root."""
         return self.cache_row.length + len(self.pending)
@@ -52,47 +54,6 @@ class RowPass:
     def start(self) -> int:
         """The slot of the first new token."""
         return self.cache_row.length + self.num_scored
-
-
-class CacheRows:
-    """Which row owns which line of a cache; lines in use stay together."""
-
-    def __init__(self) -> None:
-        self._cache_rows: dict[Row, CacheRow] = {}
-        self._by_index: list[Row] = []
-
-    def __getitem__(self, row: Row) -> CacheRow:
-        return self._cache_rows[row]
-
-    def __contains__(self, row: Row) -> bool:
-        return row in self._cache_rows
-
-    def __len__(self) -> int:
-        return len(self._cache_rows)
-
-    def open(self, rows: Sequence[Row], cache: RaggedCache) -> None:
-        """Give each row a line behind those in use."""
-        cache.reserve_rows(len(self._by_index) + len(rows))  # if there is no room, no row is open
-        for row in rows:
-            self._cache_rows[row] = CacheRow(len(self._by_index))
-            self._by_index.append(row)
-
-    def close(self, rows: Sequence[Row], cache: RaggedCache) -> None:
-        """Forget ``rows``; the last line moves into each gap."""
-        for row in rows:
-            hole = self._cache_rows.pop(row).index
-            last = self._by_index.pop()
-            if last is not row:
-                cache_row = self._cache_rows[last]
-                cache.move_row(cache_row.index, hole, cache_row.length)
-                cache_row.index = hole
-                self._by_index[hole] = last
-
-    def groups(self, row_passes: Sequence[RowPass]) -> list[list[int]]:
-        """Which parts share a forward pass, each in the order of the cache's lines."""
-        order = in_order(row_passes)
-        runs = grouped([row_passes[i].cache_row.index for i in order], [len(row_passes[i].new_tokens) for i in order])
-        return [order[run] for run in runs]
 
 
 def in_order(row_passes: Sequence[RowPass]) -> list[int]:
@@ -137,14 +98,6 @@ def grouped(cache_rows: Sequence[int], sizes: Sequence[int]) -> list[slice]:
         runs.append(slice(cuts[end], end))
         end = cuts[end]
     return runs[::-1]
-
-
-def pass_slots(row_passes: Sequence[RowPass], num_columns: int) -> Tensor:
-    """(B, T) slots of the columns: real ones from the row's start on, padding behind them where nothing is kept."""
-    columns = torch.arange(num_columns)
-    starts = torch.tensor([row_pass.start for row_pass in row_passes])[:, None]
-    padding = torch.tensor([num_columns - len(row_pass.new_tokens) for row_pass in row_passes])[:, None]
-    return starts + (columns - padding) % num_columns
 
 
 def mask_plan(row_passes: Sequence[RowPass], num_columns: int, width: int, device: torch.device) -> MaskPlan:

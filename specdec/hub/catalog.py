@@ -53,10 +53,10 @@ def known_model(name: str) -> KnownModel:
     Raises:
         ModelUnavailableError: there is none.
     """
-    for known in _KNOWN:
-        if known.name == name:
-            return known
-    names = ", ".join(known.name for known in _KNOWN)
+    for builtin in _KNOWN:
+        if builtin.name == name:
+            return builtin
+    names = ", ".join(builtin.name for builtin in _KNOWN)
     raise ModelUnavailableError(f"there is no built-in model {name!r}; the built-in models are: {names}")
 
 

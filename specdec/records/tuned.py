@@ -53,16 +53,16 @@ class Tuned:
     def warning(self, model: Any) -> str | None:
         """Why these settings may not be the best for ``model`` here; None if nothing speaks against them."""
         here, dtype = machine(), str(model.dtype).removeprefix("torch.")
-        found = []
+        differences = []
         if fingerprint(model) != self.fingerprint:
-            found.append(f"another model ({self.fingerprint}; this is {fingerprint(model)})")
+            differences.append(f"another model ({self.fingerprint}; this is {fingerprint(model)})")
         if dtype != self.dtype:
-            found.append(f"another dtype ({self.dtype}; this is {dtype})")
+            differences.append(f"another dtype ({self.dtype}; this is {dtype})")
         if any(here[key] != self.machine.get(key) for key in ("cpu", "gpus", "usable_cores")):
-            found.append(f"another machine ({self.machine.get('cpu')}, {self.machine.get('usable_cores')} cores)")
-        if not found:
+            differences.append(f"another machine ({self.machine.get('cpu')}, {self.machine.get('usable_cores')} cores)")
+        if not differences:
             return None
-        return f"{self.path} was tuned for {' and '.join(found)}: its settings may be poor here; run specdec tune again"
+        return f"{self.path} was tuned for {' and '.join(differences)}: its settings may be poor here; run specdec tune again"
 
 
 def fingerprint(model: Any) -> str:
@@ -100,7 +100,7 @@ def load_tuned(path: str | Path) -> Tuned:
 
 
 def _parse(name: str, content: Mapping[str, Any]) -> Tuned:
-    entries = [_entry(int(size), each) for size, each in content["per_batch_size"].items()]
+    entries = [_entry(int(size), entry) for size, entry in content["per_batch_size"].items()]
     if not entries:
         raise ValueError("it has no batch sizes")
     where = content["provenance"]

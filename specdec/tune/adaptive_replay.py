@@ -49,9 +49,9 @@ class AdaptiveReplay:
         """Tokens, seconds, and whether nothing was drafted."""
         limits = self.budget.limits(rows, False)
         is_rest = all(limit.depth < 1 or limit.nodes < 1 for limit in limits)
-        proposed = [self._within(*each) for each in zip(step.drafts, limits, strict=True)]
+        proposed = [self._within(*pair) for pair in zip(step.drafts, limits, strict=True)]
         trees = self.budget.cut(rows, proposed)
-        verdicts = [_verdict(*each) for each in zip(step.drafts, trees, strict=True)]
+        verdicts = [_verdict(*pair) for pair in zip(step.drafts, trees, strict=True)]
         num_columns = max(map(len, trees))
         model = self.plain if is_rest else self.seconds
         saved_s = 0.0 if is_rest else self._saved_s(step, proposed)

@@ -63,26 +63,26 @@ def predict(
     ``plain`` is the record of plain decoding on the same batches, in the same order.
     """
     if plain.steps:  # a pass cannot take longer than the step that it is a part of
-        pace = min(1.0, median(each.seconds for each in plain.steps) / curve[1])
+        pace = min(1.0, median(record.seconds for record in plain.steps) / curve[1])
         curve = {columns: pace * seconds for columns, seconds in curve.items()}
     costs = PassCosts.seeded({num_rows: curve})
 
-    def fitted(each: Record) -> StepSeconds:
-        most = max((step.num_columns for answer in each.answers for step in answer.passes), default=1)
-        return StepSeconds.fitted(each.steps, costs.curve(num_rows, most), num_rows)
+    def fitted(record: Record) -> StepSeconds:
+        most = max((step.num_columns for answer in record.answers for step in answer.passes), default=1)
+        return StepSeconds.fitted(record.steps, costs.curve(num_rows, most), num_rows)
 
     base = _replay(plain, fitted(plain), partial(_part, size=0))
-    found = [Candidate(NONE, 0, False, 1.0)]
-    for each in records:
-        own = fitted(each)
+    candidates = [Candidate(NONE, 0, False, 1.0)]
+    for record in records:
+        own = fitted(record)
         for size in (size for size in SIZES if size <= max_nodes):
-            spec, saved_s = _limited(each, size)
-            replayed = _replay(each, own, partial(_part, size=size), saved_s)
-            found.append(_candidate(spec, size, False, each, replayed, plain, base))
+            spec, saved_s = _limited(record, size)
+            replayed = _replay(record, own, partial(_part, size=size), saved_s)
+            candidates.append(_candidate(spec, size, False, record, replayed, plain, base))
         budget = AdaptiveBudget(max_nodes, PassCosts.seeded({num_rows: curve}))
-        replayed = AdaptiveReplay(each, own, fitted(plain), budget).run()
-        found.append(_candidate(each.spec, max_nodes, True, each, replayed, plain, base))
-    return sorted(found, key=lambda candidate: -candidate.predicted)
+        replayed = AdaptiveReplay(record, own, fitted(plain), budget).run()
+        candidates.append(_candidate(record.spec, max_nodes, True, record, replayed, plain, base))
+    return sorted(candidates, key=lambda candidate: -candidate.predicted)
 
 
 def _candidate(
@@ -103,16 +103,16 @@ def _candidate(
     return candidate
 
 
-def _limited(each: Record, size: int) -> tuple[str, float]:
+def _limited(record: Record, size: int) -> tuple[str, float]:
     """The drafter that drafts only what a size has room for, and the seconds that this saves in a step."""
-    name, options = parse_drafter(each.spec)
+    name, options = parse_drafter(record.spec)
     if name != "model" or options.get("shape", "chain") != "chain":
-        return each.spec, 0.0
+        return record.spec, 0.0
     length = int(options.get("num_tokens", 5))
     if size >= length:
-        return each.spec, 0.0
+        return record.spec, 0.0
     options["num_tokens"] = size
-    return format_drafter(name, options), each.draft_s * (1 - size / length)
+    return format_drafter(name, options), record.draft_s * (1 - size / length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +131,14 @@ def _part(draft: Draft, size: int) -> Kept:
     return Kept(1 + min(size, len(nodes)), len(draft.accepted & set(nodes[:size])))
 
 
-def _replay(each: Record, seconds: StepSeconds, part: Callable[[Draft], Kept], saved_s: float = 0.0) -> list[Replayed]:
+def _replay(
+    record: Record, seconds: StepSeconds, part: Callable[[Draft], Kept], saved_s: float = 0.0
+) -> list[Replayed]:
     """Each answer, had each draft been the given part of itself."""
-    found = []
-    for answer in each.answers:
+    answers = []
+    for answer in record.answers:
         kept = [[part(draft) for draft in step.drafts] for step in answer.passes]
         tokens = [sum(1 + one.num_accepted for one in step) for step in kept]
         spent = [seconds.of(len(step), max(one.num_columns for one in step)) - saved_s for step in kept[1:]]
-        found.append(Replayed(tokens[0], sum(tokens[1:]), sum(spent)))
-    return found
+        answers.append(Replayed(tokens[0], sum(tokens[1:]), sum(spent)))
+    return answers

@@ -24,11 +24,11 @@ class Record:
     @property
     def steps(self) -> list[Pass]:
         """All but the prompts' passes."""
-        return [each for answer in self.answers for each in answer.passes[1:]]
+        return [step for answer in self.answers for step in answer.passes[1:]]
 
     @property
     def draft_s(self) -> float:
-        return median([each.draft_s for each in self.steps] or [0.0])
+        return median([step.draft_s for step in self.steps] or [0.0])
 
     def acceptance_table(self) -> list[list[float]]:
         """[depth][rank]: how often the child of that rank was accepted below an accepted node of that depth."""
@@ -46,9 +46,9 @@ class Record:
                             below[rank] = below.get(rank, 0) + 1
         table: list[list[float]] = []
         while visits.get(len(table), 0) >= _MIN_VISITS:
-            found = hits.get(len(table), {})
-            ranks = range(max(found, default=0) + 1)
-            table.append([found.get(rank, 0) / visits[len(table)] for rank in ranks])
+            rank_hits = hits.get(len(table), {})
+            ranks = range(max(rank_hits, default=0) + 1)
+            table.append([rank_hits.get(rank, 0) / visits[len(table)] for rank in ranks])
         return table
 
 

@@ -25,14 +25,14 @@ class StepSeconds:
 
     @classmethod
     def fitted(cls, steps: Sequence[Pass], curve: Sequence[float], num_rows: int) -> StepSeconds:
-        full = [each for each in steps if len(each.drafts) == num_rows] or steps
-        rest = median([each.seconds - curve[each.num_columns - 1] for each in full] or [0.0])
+        full = [step for step in steps if len(step.drafts) == num_rows] or steps
+        rest = median([step.seconds - curve[step.num_columns - 1] for step in full] or [0.0])
         whole = cls(curve, rest, {})
         by_rows: dict[int, list[float]] = {}
-        for each in steps:
-            ratio = each.seconds / whole.of(num_rows, each.num_columns)
-            by_rows.setdefault(len(each.drafts), []).append(ratio)
-        return cls(curve, rest, {rows: median(found) for rows, found in by_rows.items() if rows != num_rows})
+        for step in steps:
+            ratio = step.seconds / whole.of(num_rows, step.num_columns)
+            by_rows.setdefault(len(step.drafts), []).append(ratio)
+        return cls(curve, rest, {rows: median(ratios) for rows, ratios in by_rows.items() if rows != num_rows})
 
     def of(self, num_rows: int, num_columns: int) -> float:
         pass_s = self.curve[num_columns - 1]
@@ -52,6 +52,6 @@ class Replayed:
         first_s = recorded.passes[0].seconds
         if not self.tokens:
             return self.first_tokens / max(first_s, 1e-9), 1.0
-        total = sum(each.num_tokens for each in recorded.passes)
+        total = sum(one_pass.num_tokens for one_pass in recorded.passes)
         rate = self.tokens / max(self.seconds, 1e-9)
         return total / (first_s + max(total - self.first_tokens, 0.0) / rate), rate

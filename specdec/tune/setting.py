@@ -69,7 +69,7 @@ class Answer:
 
 
 def _rate(passes: Sequence[Pass]) -> float:
-    return sum(each.num_tokens for each in passes) / max(sum(each.seconds for each in passes), 1e-9)
+    return sum(one_pass.num_tokens for one_pass in passes) / max(sum(one_pass.seconds for one_pass in passes), 1e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def measure_curve(
                 row.num_steps += 1
     finally:
         engine.close(rows)
-    return {size: median(each[1:]) for size, each in times.items()}
+    return {size: median(samples[1:]) for size, samples in times.items()}
 
 
 def _random_tree(root: int, size: int, engine: CausalLM, rng: np.random.Generator) -> TokenTree:

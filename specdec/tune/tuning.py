@@ -29,9 +29,9 @@ def finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     Prediction errs more between drafters than between sizes of one: so no drafter takes all places.
     """
     firsts: dict[tuple[str, bool], Candidate] = {}
-    for each in candidates:
-        if each.drafter != NONE:
-            firsts.setdefault((each.drafter, each.adaptive), each)
+    for candidate in candidates:
+        if candidate.drafter != NONE:
+            firsts.setdefault((candidate.drafter, candidate.adaptive), candidate)
     return [next(c for c in candidates if c.drafter == NONE), *list(firsts.values())[: count - 1]]
 
 
@@ -51,10 +51,10 @@ def race(
     num_rows = max(map(len, batches))
     decoders = [
         setting.decoder(
-            setting.drafter(each.drafter),
-            make_budget(each.max_nodes, each.adaptive, PassCosts.seeded({num_rows: curve})),
+            setting.drafter(racer.drafter),
+            make_budget(racer.max_nodes, racer.adaptive, PassCosts.seeded({num_rows: curve})),
         )
-        for each in racers
+        for racer in racers
     ]
     rates: list[list[float]] = [[] for _ in racers]  # logarithms of tokens a second, of whole answers
     decode: list[list[float]] = [[] for _ in racers]  # of decoding alone; NaN: an answer ended with its first pass
@@ -65,26 +65,26 @@ def race(
             rates[i].append(float(np.log(answer.whole_rate)))
             decode[i].append(float(np.log(answer.decode_rate)) if answer.decode_rate else float("nan"))
         _judge(racers, rates, decode)
-        if is_over() or (sum(not each.is_dropped for each in racers) == 1):
+        if is_over() or (sum(not racer.is_dropped for racer in racers) == 1):
             break
-    for each, own in zip(racers, rates, strict=True):
-        each.expect(len(own))
-    left = [each for each in racers if not each.is_dropped]
+    for racer, own in zip(racers, rates, strict=True):
+        racer.expect(len(own))
+    left = [racer for racer in racers if not racer.is_dropped]
     return max(left, key=_merit)
 
 
-def _merit(each: Candidate) -> float:
+def _merit(candidate: Candidate) -> float:
     """Its speed; of nearly equal ones the adaptive is taken, which follows other prompts than these too."""
-    return (each.measured[0] if each.measured else 0.0) * (_ADAPTIVE_BONUS if each.adaptive else 1.0)
+    return (candidate.measured[0] if candidate.measured else 0.0) * (_ADAPTIVE_BONUS if candidate.adaptive else 1.0)
 
 
 def _judge(racers: Sequence[Candidate], rates: Sequence[Sequence[float]], decode: Sequence[Sequence[float]]) -> None:
-    for each, own, own_decode in zip(racers, rates, decode, strict=True):
-        if not each.is_dropped:
-            each.measured = _ratio(own, rates[0])
-            known = [pair for pair in zip(own_decode, decode[0], strict=False) if not np.isnan(pair).any()]
-            each.measured_decode = _ratio(*zip(*known, strict=True)) if known else None
-    active = [i for i, each in enumerate(racers) if not each.is_dropped]
+    for racer, own, own_decode in zip(racers, rates, decode, strict=True):
+        if not racer.is_dropped:
+            racer.measured = _ratio(own, rates[0])
+            pairs = [pair for pair in zip(own_decode, decode[0], strict=False) if not np.isnan(pair).any()]
+            racer.measured_decode = _ratio(*zip(*pairs, strict=True)) if pairs else None
+    active = [i for i, racer in enumerate(racers) if not racer.is_dropped]
     leader = max(active, key=lambda i: mean(rates[i]))
     for i in active:
         # "none" stays: everybody is compared with it.

@@ -13,10 +13,11 @@ from tinychat import QUESTIONS, VOCAB
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from specdec.cli.bench_config import BenchConfig
 from specdec.cli.benchmark import run_bench
 from specdec.cli.loading import load
 from specdec.cli.measure import Batch, HfGenerate, neutral_generation, up_to_end
-from specdec.cli.results import BenchConfig
+from specdec.cli.options import Engine
 from specdec.cli.summary import summarise
 from specdec.drafters import DRAFTERS
 from specdec.drafters.ngram import NgramDrafter
@@ -157,7 +158,7 @@ def test_seconds_add_up(greedy):
 def test_later_turns_see_the_baselines_answers_in_every_method(greedy, target, prompts):
     """Each method answering its own answers would time different prompts."""
     results = greedy
-    tokenizer = load(target, (), "auto", "cpu").tokenizer
+    tokenizer = load(target, (), Engine(device="cpu")).tokenizer
     first, second = results.groups[0].turns
     (answer,) = first.outputs[results.methods[0]].tokens
     text = tokenizer.decode(answer, skip_special_tokens=True)
@@ -254,6 +255,13 @@ def test_drafters_with_other_options_are_told_apart(bench):
         ("ngram", "ngram"),
         ("ngram", "ngram:max_order=2"),
     ]
+
+
+def test_a_bench_names_the_drafter_that_auto_stands_for(bench):
+    results = bench(drafters=("auto", "hybrid", "auto:parts=ngram+recycling"), limit=1)
+    rows = [(row["method"], row["drafter"]) for row in summarise(results)["rows"]]
+    assert rows[3:] == [("hybrid", "hybrid"), ("hybrid", "hybrid:parts=ngram+recycling")]
+    assert results.provenance["settings"]["drafters"] == ["hybrid", "hybrid:parts=ngram+recycling"]
 
 
 def test_the_order_of_methods_rotates(greedy):

@@ -11,9 +11,10 @@ import pytest
 import tinychat
 import torch
 
+from specdec.cli.bench_config import BenchConfig
 from specdec.cli.matching import Judge
 from specdec.cli.measure import Batch, Output
-from specdec.cli.results import BenchConfig, Group, Question, Results, Turn
+from specdec.cli.results import Group, Question, Results, Turn
 from specdec.cli.summary import geometric_mean, summarise
 from specdec.cli.table import conclusion, notes, print_summary
 from specdec.records.prompts import Prompt

@@ -11,7 +11,7 @@ import tinychat
 import torch
 
 import specdec
-from specdec.cli.generate import _writer
+from specdec.cli.stream import _writer
 from specdec.cli.text import TextStream
 from specdec.settings import DEFAULTS
 
@@ -27,7 +27,17 @@ def target(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "generate --help", "bench --help", "models --help", "models list", "doctor --help", "--version"]
+    "words",
+    [
+        "--help",
+        "generate --help",
+        "bench --help",
+        "models --help",
+        "models list",
+        "doctor --help",
+        "train eagle --help",
+        "--version",
+    ],
 )
 def test_help_does_not_wait_for_torch(words):
     """Importing torch takes seconds on a cold disk; --help should answer at once."""
@@ -77,6 +87,21 @@ def test_generated_text_is_that_of_generate(specdec_command, target, options):
     assert "20 tokens in " in ran.err
     assert "mean acceptance length" in ran.err
     assert "tokens/s" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ((), "drafter hybrid (auto),"),
+        (("--drafter", "auto:parts=ngram+recycling"), "drafter hybrid (auto),"),
+        (("--drafter-model", "the target"), "drafter model (auto),"),
+        (("--drafter", "ngram:max_order=2"), "drafter ngram,"),
+    ],
+)
+def test_the_summary_names_the_drafter_that_ran(specdec_command, target, options, named):
+    """A line that says "drafter auto" tells nobody what drafted."""
+    words = [target if word == "the target" else word for word in options]
+    assert named in specdec_command("generate", "abc", "--target", target, "--max-new-tokens", "4", *words).err
 
 
 def test_a_raw_prompt_takes_no_template(specdec_command, target):

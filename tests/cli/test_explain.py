@@ -16,6 +16,7 @@ import specdec
 from specdec.cli.details import details, token_texts
 from specdec.cli.explain import LiveView, Texts, step_tree
 from specdec.cli.loading import eos_ids, load
+from specdec.cli.options import Engine
 from specdec.decode import Decoder, Emission
 from specdec.distributions import WarperTransform
 from specdec.drafters import make_drafter
@@ -38,7 +39,7 @@ def specdec_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 @pytest.fixture(scope="module")
 def run(target: str) -> tuple[list[Emission], Any]:
     """Some steps of a tree drafter on a tiny model."""
-    loaded = load(target, (), "float32", "cpu", accelerate=False)
+    loaded = load(target, (), Engine(dtype="float32", device="cpu", accelerate=False))
     rule = make_verifier("match")
     drafter = make_drafter("hybrid", DraftContext(loaded.target, rule, ()))
     logits_transform = WarperTransform(SamplingParams(0.0))

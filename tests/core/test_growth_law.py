@@ -27,7 +27,7 @@ from toy import (
 )
 
 from specdec.drafters import hybrid
-from specdec.drafters.trees.growth import ChildSampling
+from specdec.drafters.trees.expansion import ChildSampling
 from specdec.drafters.trees.merge import merge
 from specdec.interfaces import Limit, Row, Scores, Verdict
 from specdec.rng import Rng, RowRng, Stream

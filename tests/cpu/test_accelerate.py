@@ -26,9 +26,9 @@ import specdec
 from specdec.cpu import accelerate
 from specdec.cpu.accelerate import accelerated, accelerated_copy
 from specdec.cpu.packed_linear import PackedLinear, packing_fault
-from specdec.engine import grouped_attention
+from specdec.engine import attention
+from specdec.engine.attention import attention_forward
 from specdec.engine.causal_lm import CausalLM
-from specdec.engine.grouped_attention import attention_forward
 from specdec.interfaces import Row
 from specdec.tree import TokenTree
 
@@ -184,7 +184,7 @@ def test_an_accelerated_model_refuses_another_dtype_and_device() -> None:
 @needs_packing
 def test_a_copy_is_made_anew_when_the_attention_changes() -> None:
     model = llama()
-    assert accelerated_copy(model).config._attn_implementation == grouped_attention.NAME
+    assert accelerated_copy(model).config._attn_implementation == attention.NAME
     model.set_attn_implementation("eager")
     assert accelerated_copy(model).config._attn_implementation == "eager"
 
@@ -258,7 +258,7 @@ def test_an_accelerated_model_really_attends_by_groups(monkeypatch: pytest.Monke
         calls.append(1)
         return attention_forward(*args, **kwargs)
 
-    AttentionInterface.register(grouped_attention.NAME, counted)
+    AttentionInterface.register(attention.NAME, counted)
     try:
         plain = llama()
         engine, row = CausalLM(accelerated(plain)), Row(0, [9, 8, 3], 20)
@@ -266,7 +266,7 @@ def test_an_accelerated_model_really_attends_by_groups(monkeypatch: pytest.Monke
         engine.open([row])
         engine.score([row], [TokenTree((3, 4, 5), (-1, 0, 0))])
     finally:
-        AttentionInterface.register(grouped_attention.NAME, attention_forward)
+        AttentionInterface.register(attention.NAME, attention_forward)
     assert len(calls) == SIZES["num_hidden_layers"]
     assert plain.config._attn_implementation == "sdpa"
 

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from specdec.cpu import fused_layer
 from specdec.cpu.accelerate import accelerated
-from specdec.cpu.fused_layer import FusedLayer, Rotation, fuse, norm_of
+from specdec.cpu.fused_layer import FusedLayer, Rotation, norm_of
+from specdec.cpu.fusing import fuse
+from specdec.cpu.known_layers import names_of
 from specdec.cpu.packed_linear import PackedLinear, PackedSlice, packing_fault
 from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import Row
@@ -190,8 +191,8 @@ def test_names_keywords_and_strings_of_a_forward_are_seen() -> None:
             later = lambda y: y.scaled  # noqa: E731
             return later(self.attend(x, softcap=getattr(self.config, "cap")))  # noqa: B009
 
-    assert {"attend", "softcap", "getattr", "config", "cap", "scaled"} <= fused_layer._names(Layer())
-    assert not any("What it says" in name for name in fused_layer._names(Layer()))
+    assert {"attend", "softcap", "getattr", "config", "cap", "scaled"} <= names_of(Layer())
+    assert not any("What it says" in name for name in names_of(Layer()))
 
 
 def test_in_place_each_weight_is_held_once() -> None:

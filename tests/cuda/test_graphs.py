@@ -25,7 +25,7 @@ from specdec.cuda.graphs import GraphedPasses, GraphPool, graph_pool
 from specdec.cuda.recording import Recorder
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
-from specdec.engine import grouped_attention, model_state
+from specdec.engine import attention, model_state
 from specdec.engine.causal_lm import CausalLM
 from specdec.errors import UnsupportedOptionError
 from specdec.interfaces import Row, Scores
@@ -112,7 +112,7 @@ def by_levels(lm: CausalLM, rows: list[Row], rng: random.Random) -> list[Scores]
 
 
 def kept_states(lm: CausalLM, rows: list[Row]) -> list[Tensor]:
-    lines = [lm._cache_rows[row] for row in rows]
+    lines = [lm._rows[row] for row in rows]
     buffers = [buffer for pair in lm._cache.pairs if pair for buffer in pair]
     return [buffer[line.index, :, : line.length] for buffer in buffers for line in lines]
 
@@ -166,7 +166,7 @@ def test_replays_launch_the_kernel_with_what_is_in_its_buffers(family: str) -> N
     model = KERNEL_FAMILIES[family]().eval()
     if "gpt-oss" in family:
         model.set_experts_implementation("batched_mm")
-    grouped_attention.use_kernels(model)
+    attention.use_kernels(model)
     scores = []
     for lm in (CausalLM(model), recorded(model)):
         scores.append(short_play(lm))
@@ -331,7 +331,7 @@ def test_graphs_on_a_cpu_are_refused() -> None:
 def test_a_copy_for_the_kernels_shares_every_weight() -> None:
     model = model_of("llama")
     ours = graphs.kernel_copy(model)
-    assert ours.config._attn_implementation == grouped_attention.NAME
+    assert ours.config._attn_implementation == attention.NAME
     assert model.config._attn_implementation == "sdpa"
     assert all(a is b for a, b in zip(model.parameters(), ours.parameters(), strict=True))
     assert graphs.kernel_copy(model) is ours
@@ -345,7 +345,7 @@ def test_graphs_on_a_gpu_equal_ordinary_passes(family: str, monkeypatch: pytest.
     model = KERNEL_FAMILIES[family]().eval().to("cuda")
     if "gpt-oss" in family:
         model.set_experts_implementation("batched_mm")
-    grouped_attention.use_kernels(model)
+    attention.use_kernels(model)
     lm = CausalLM(model, replays=graph_pool(model))
     scores = [short_play(engine) for engine in (lm, CausalLM(model))]
     assert (passes_of(lm).fault, passes_of(lm).num_recordings, passes_of(lm).num_replays) == ("", 1, 3)

@@ -26,7 +26,7 @@ from transformers import (
 
 import specdec
 from specdec.drafters.model import ModelDrafter
-from specdec.drafters.trees.growth import ChildSampling, Shape
+from specdec.drafters.trees.expansion import ChildSampling, Shape
 from specdec.drafters.trees.shapes import StaticShape
 from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import Row, Step

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.drafters import format_drafter, make_drafter, parse_drafter, tuned_file
-from specdec.drafters.training.job import usage
+from specdec.drafters.training.card import usage
 from specdec.interfaces import DraftContext
 from specdec.verifiers import make_verifier
 

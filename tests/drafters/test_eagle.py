@@ -22,7 +22,8 @@ from specdec.drafters.heads import eagle_cell, eagle_engine
 from specdec.drafters.heads.eagle_cell import EagleCell, FeatureCell
 from specdec.drafters.heads.eagle_engine import EagleEngine, feature_layers
 from specdec.drafters.heads.eagle_format import save_eagle
-from specdec.drafters.trees.growth import ChildSampling, Shape
+from specdec.drafters.trees.expansion import ChildSampling, Shape
+from specdec.engine import padded_pass
 from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import DraftContext, Limit, Row, Scores
 from specdec.rng import Rng
@@ -204,17 +205,29 @@ def by_slots(*args: Any) -> Any:
     return replace(plan, positions=torch.stack(slots).clamp(min=0))
 
 
-true_read, true_plan, true_visibility = EagleEngine.read, eagle_engine.mask_plan, eagle_engine.visibility
-BROKEN: dict[str, tuple[object, str, object]] = {
-    "features of the root for all": (EagleEngine, "read", keep_head_states),
-    "positions that count siblings": (eagle_engine, "mask_plan", by_slots),
-    "no tree mask": (eagle_engine, "visibility", lambda plan: torch.ones_like(true_visibility(plan))),
+def in_the_head(name: str, broken: Callable[..., Any]) -> Callable[..., Any]:
+    """The head's passes with a part of their layout broken; the target's are laid out by the same code."""
+
+    def forward(*args: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(padded_pass, name, broken)
+            return true_forward(*args)
+
+    return forward
+
+
+true_read, true_forward = EagleEngine.read, EagleEngine._forward
+true_plan, true_visibility = padded_pass.mask_plan, padded_pass.visibility
+BROKEN: dict[str, tuple[str, Callable[..., Any]]] = {
+    "features of the root for all": ("read", keep_head_states),
+    "positions that count siblings": ("_forward", in_the_head("mask_plan", by_slots)),
+    "no tree mask": ("_forward", in_the_head("visibility", lambda plan: torch.ones_like(true_visibility(plan)))),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_the_comparison_sees_a_broken_engine(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*BROKEN[fault])  # type: ignore[arg-type]
+    monkeypatch.setattr(EagleEngine, *BROKEN[fault])
     assert watched(CELLS["eagle3"], BEST_FIRST, ChildSampling.CERTAIN, SamplingParams()).worst > 1000 * EXACT
 
 

@@ -25,7 +25,8 @@ from specdec.drafters.heads.eagle_format import save_eagle
 from specdec.drafters.heads.medusa_heads import save_medusa
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.medusa import MedusaDrafter
-from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder
+from specdec.drafters.trees.expansion import ChildSampling, Shape
+from specdec.drafters.trees.growth import TreeBuilder
 from specdec.engine.causal_lm import CausalLM
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import DraftContext, Drafter, Row

@@ -18,7 +18,7 @@ from specdec.drafters import make_drafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.heads.eagle_engine import EagleEngine
 from specdec.drafters.heads.eagle_format import load_eagle, save_eagle
-from specdec.drafters.trees.growth import Shape
+from specdec.drafters.trees.expansion import Shape
 from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import DraftContext, Row, Scores
 from specdec.tree import TokenTree

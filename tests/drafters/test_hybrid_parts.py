@@ -23,7 +23,7 @@ from specdec.drafters import hybrid, make_drafter
 from specdec.drafters.heads.eagle_format import save_eagle
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.drafters.trees.growth import ChildSampling
+from specdec.drafters.trees.expansion import ChildSampling
 from specdec.engine.causal_lm import CausalLM
 from specdec.interfaces import DraftContext, Drafter, Limit, ModelTarget, Row, Target
 from specdec.rng import PartNoise, PartRowNoise, PhiloxRng, Rng, Stream

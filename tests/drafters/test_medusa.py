@@ -20,7 +20,7 @@ from specdec.drafters.heads import shipped
 from specdec.drafters.heads.medusa_heads import save_medusa
 from specdec.drafters.heads.shipped import mismatch, target_facts
 from specdec.drafters.medusa import MedusaDrafter
-from specdec.drafters.trees.growth import ChildSampling
+from specdec.drafters.trees.expansion import ChildSampling
 from specdec.drafters.trees.ranking import ranking
 from specdec.engine.causal_lm import CausalLM
 from specdec.errors import UnsupportedModelError

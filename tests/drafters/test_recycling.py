@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM
 import specdec
 from specdec.drafters import make_drafter
 from specdec.drafters.lookup.successors import SuccessorTable
-from specdec.drafters.recycling import RecyclingDrafter, top_tokens
+from specdec.drafters.lookup.top_tokens import top_tokens
+from specdec.drafters.recycling import RecyclingDrafter
 from specdec.interfaces import DraftContext, Row, Scores, Step, Verdict
 from specdec.tree import TokenTree
 

@@ -10,7 +10,8 @@ import random
 import pytest
 import torch
 
-from specdec.drafters.trees.growth import ChildSampling, Shape, TreeBuilder
+from specdec.drafters.trees.expansion import ChildSampling, Shape
+from specdec.drafters.trees.growth import TreeBuilder
 from specdec.drafters.trees.shapes import Path, StaticShape, Table, greedy_growth, path_probability, read_shape, sequoia
 from specdec.interfaces import Limit, Row
 from specdec.rng import PhiloxRng

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import specdec
 from specdec.drafters import make_drafter
-from specdec.drafters.lookup.successors import Order, StartTable, classes_of, hashed, keys_of
+from specdec.drafters.lookup.start_table import Order, StartTable
+from specdec.drafters.lookup.successors import classes_of, hashed, keys_of
 from specdec.drafters.recycling import RecyclingDrafter
-from specdec.drafters.training.successors import gather, judge
+from specdec.drafters.training.start_table import gather, judge
 from specdec.engine.causal_lm import CausalLM
 from specdec.errors import CheckpointError
 from specdec.interfaces import DraftContext, Row

@@ -29,9 +29,10 @@ from specdec.cpu import accelerate
 from specdec.cpu.accelerate import accelerated, accelerated_copy, drop_copy
 from specdec.cpu.packed_linear import PackedLinear, packing_fault
 from specdec.cuda import graphs
-from specdec.cuda.graphs import GraphPool, kernel_copy
+from specdec.cuda.graphs import GraphPool
 from specdec.cuda.host_state import host_state
 from specdec.engine import weight_watch
+from specdec.engine.attention import attention_copy
 from specdec.engine.cache import RaggedCache
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.model_state import ModelState
@@ -151,7 +152,7 @@ def through_accelerated(model: Any) -> list[int]:
 def through_kernels(model: Any, recorders: Any = None) -> list[int]:
     """As with cuda_graphs, whose copy runs on a CPU too."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    ours = kernel_copy(inner)
+    ours = attention_copy(inner)
     engine, row = CausalLM(ours, replays=recorders and GraphPool(ours, recorders)), Row(0, IDS[0].tolist(), 100)
     engine.open([row])
     while len(row.tokens) < IDS.shape[1] + NUM_NEW:
@@ -616,7 +617,7 @@ def test_a_model_with_a_forward_of_its_own_runs_as_it_is_and_not_on_another_atte
     own_forward(model)
     assert through_accelerated(model) == expected_of(model) != before
     with pytest.raises(UnsupportedModelError, match="given a forward of its own; remove that, or leave cuda_graphs"):
-        kernel_copy(model)
+        attention_copy(model)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -631,7 +632,7 @@ def test_a_decoder_with_a_forward_of_its_own_keeps_the_attention_of_the_model() 
     assert model.config._attn_implementation == "sdpa"
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     with pytest.raises(UnsupportedModelError, match="forward of its own"):
-        kernel_copy(model)
+        attention_copy(model)
 
 
 @pytest.mark.parametrize("compiled", [lambda mlp: mlp.compile(backend="eager"), None])
@@ -757,12 +758,12 @@ def attribute(model: Any) -> None:
 def test_nothing_is_made_anew_when_nothing_changed_that_a_copy_holds(use: Callable[[Any], None]) -> None:
     model = build()
     model.lm_head.weight.data[3] = torch.nan if use is with_nan else 0.0
-    first = accelerated_copy(model), kernel_copy(model)
+    first = accelerated_copy(model), attention_copy(model)
     for _ in range(3):
         use(model)
-        assert (accelerated_copy(model), kernel_copy(model)) == first
+        assert (accelerated_copy(model), attention_copy(model)) == first
         with torch.inference_mode():
-            assert (accelerated_copy(model), kernel_copy(model)) == first
+            assert (accelerated_copy(model), attention_copy(model)) == first
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert accelerated_copy(model) is first[0]
 
@@ -860,7 +861,7 @@ def known_to_a_part(model: Any) -> None:
 
 
 @pytest.mark.parametrize("alter", [hooked_by_its_owner, known_to_a_part])
-@pytest.mark.parametrize("make", [accelerated_copy, kernel_copy])
+@pytest.mark.parametrize("make", [accelerated_copy, attention_copy])
 def test_a_model_that_its_own_parts_know_is_let_go_with_its_copy(make: Any, alter: Callable[[Any], None]) -> None:
     """A copy shares hooks and attributes, and through them it held the model for as long as the process lived."""
     model = build()
@@ -871,7 +872,7 @@ def test_a_model_that_its_own_parts_know_is_let_go_with_its_copy(make: Any, alte
     assert [reference() for reference in gone] == [None, None]
 
 
-@pytest.mark.parametrize("make", [accelerated_copy, kernel_copy])
+@pytest.mark.parametrize("make", [accelerated_copy, attention_copy])
 def test_a_copy_goes_with_its_model_without_a_collection(make: Any) -> None:
     model = build()
     gone = weakref.ref(model), weakref.ref(make(model))
@@ -962,14 +963,14 @@ def test_a_norm_whose_code_reads_more_stays_as_it_is() -> None:
 
 def test_a_copy_of_a_copy_is_a_model_of_its_own() -> None:
     model = build()
-    ours = kernel_copy(model)
+    ours = attention_copy(model)
     other = copy.deepcopy(ours)
     assert type(other) is type(model)
     assert other.config._attn_implementation == ours.config._attn_implementation != "sdpa"
     with torch.no_grad():
         other.lm_head.weight.zero_()
     assert model.lm_head.weight.any()
-    assert torch.equal(ours(IDS).logits, kernel_copy(model)(IDS).logits)
+    assert torch.equal(ours(IDS).logits, attention_copy(model)(IDS).logits)
 
 
 def test_threads_never_take_the_same_recordings_or_find_them_gone() -> None:
@@ -984,7 +985,7 @@ def test_threads_never_take_the_same_recordings_or_find_them_gone() -> None:
                     both_have_looked.wait(0.3)  # only one can look at a time
             return size
 
-    model = kernel_copy(build())
+    model = attention_copy(build())
     style = CausalLM(model).support.style
     assert style is not None
     state, pool = ModelState.of(model), GraphPool(model, Rerun)
@@ -1000,7 +1001,7 @@ def test_recordings_are_kept_while_nothing_changes() -> None:
     model = build()
     for _ in range(2):
         through_recordings(model)
-    ((_, passes),) = ModelState.of(kernel_copy(model)).idle_replays
+    ((_, passes),) = ModelState.of(attention_copy(model)).idle_replays
     recorded = passes.num_recordings
     through_recordings(model)
-    assert [passes.num_recordings for _, passes in ModelState.of(kernel_copy(model)).idle_replays] == [recorded]
+    assert [passes.num_recordings for _, passes in ModelState.of(attention_copy(model)).idle_replays] == [recorded]

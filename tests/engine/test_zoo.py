@@ -31,7 +31,7 @@ from zoo_rows import (
     scattered_node,
 )
 
-import specdec.engine.causal_lm
+import specdec.engine.padded_pass
 from specdec.decode import Decoder
 from specdec.distributions import WarperTransform
 from specdec.engine.causal_lm import CausalLM
@@ -203,7 +203,7 @@ def test_the_cache_grows_in_rows_and_slots_without_a_loss(name):
     tree = random_tree(rng, rows[0].tokens[-1])
     assert error(lm.model, rows[:1], [tree], lm.score(rows[:1], [tree])) < FAMILIES[name].tolerance
     lm.close(rows[:1])
-    assert not lm._cache_rows
+    assert not lm._rows
 
 
 @dataclass
@@ -564,8 +564,8 @@ def test_broken_masks_and_positions_are_seen(name, broken, monkeypatch):
     """The comparison of this module has power: each of these faults must exceed every tolerance by far."""
     rng = random.Random(11)
     lm, row = engine(FAMILIES[name]), make_row(rng, 0, 21)
-    make_plan = specdec.engine.causal_lm.mask_plan
-    monkeypatch.setattr(specdec.engine.causal_lm, "mask_plan", lambda *args: broken(make_plan(*args)))
+    make_plan = specdec.engine.padded_pass.mask_plan
+    monkeypatch.setattr(specdec.engine.padded_pass, "mask_plan", lambda *args: broken(make_plan(*args)))
     lm.open([row])
     tree = deep_tree(rng, row.tokens[-1])
     assert error(lm.model, [row], [tree], lm.score([row], [tree])) > max(1e-3, 10 * FAMILIES[name].tolerance)

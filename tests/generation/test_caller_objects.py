@@ -624,7 +624,9 @@ def test_under_looking_ahead_criteria_still_see_columns(model: Any, draft_model:
         assert columns[-1] == out.sequences.tolist()
 
 
-@pytest.mark.parametrize("thing", [threading.Lock(), iter([1]), re.compile("x"), Tokenizer(BPE())], ids=repr)
+@pytest.mark.parametrize(
+    "thing", [threading.Lock(), iter([1]), re.compile("x"), Tokenizer(BPE())], ids=lambda thing: type(thing).__name__
+)
 def test_what_cannot_be_looked_at_is_not_taken_for_unchanged(thing: Any) -> None:
     """Instances of extension modules' classes hide what they hold."""
     with pytest.raises(UnreadableStateError, match=type(thing).__name__):

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import specdec.engine.cache
-from specdec.engine import grouped_attention
+from specdec.engine import attention
 from specdec.engine.cache import Move, RaggedCache
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.masks import TreePass
@@ -42,13 +42,13 @@ pytestmark = pytest.mark.usefixtures("simulated")
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The softcap of each call that reached the kernel."""
     seen: list[float] = []
-    original = grouped_attention.tree_attention
+    original = attention.tree_attention
 
     def counted(query: Tensor, *args: Any) -> Tensor:
         seen.append(args[4])
         return original(query, *args)
 
-    monkeypatch.setattr(grouped_attention, "tree_attention", counted)
+    monkeypatch.setattr(attention, "tree_attention", counted)
     return seen
 
 
@@ -76,7 +76,7 @@ def test_tree_passes_take_the_kernel_and_give_the_same_logits(family: str, calls
             torch.nn.init.normal_(parameter, 1.0)
     model.set_attn_implementation("eager")
     expected = tree_logits(model)
-    grouped_attention.use_kernels(model)
+    attention.use_kernels(model)
     got = tree_logits(model)
     assert len(calls) >= 2 * 2  # layers by passes
     assert set(calls) == {2.0 if "softcap" in family else 0.0}
@@ -114,7 +114,7 @@ def test_heads_without_a_kernel_take_transformers_own_attention(case: str, calls
     model = lacking_model(case).eval().to(torch.float64 if case == "float64" else torch.float32)
     model.set_attn_implementation("eager")
     expected = tree_logits(model)
-    grouped_attention.use_kernels(model)
+    attention.use_kernels(model)
     for a, b in zip(tree_logits(model), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert not calls
@@ -150,7 +150,7 @@ def test_heads_without_a_kernel_make_no_float32_copy_of_the_cache(
     mask = visible_slots(tree, slots)[:, None]
     mask.tree_pass = TreePass(tree, torch.zeros(1, 1, dtype=torch.int32), 0)  # type: ignore[attr-defined]
     with Outputs(min(key.numel(), value.numel())) as outputs:
-        got, _ = grouped_attention.attention_forward(module, query, key, value, mask, scaling=size**-0.5)
+        got, _ = attention.attention_forward(module, query, key, value, mask, scaling=size**-0.5)
     assert not calls
     if size == value_size:
         assert outputs.dtypes <= {dtype}
@@ -194,7 +194,7 @@ def test_without_kernels_the_same_attention_runs_in_torch(monkeypatch: pytest.Mo
     torch.manual_seed(0)
     model = FAMILIES["llama"]().eval()
     expected = tree_logits(model)
-    grouped_attention.use_kernels(model)
+    attention.use_kernels(model)
     for a, b in zip(tree_logits(model), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert not calls
@@ -204,4 +204,4 @@ def test_a_model_that_keeps_its_attention_is_refused() -> None:
     model = FAMILIES["llama"]()
     model.set_attn_implementation = lambda name: None
     with pytest.raises(UnsupportedModelError, match="kept attention 'sdpa' instead of 'specdec'"):
-        grouped_attention.use_kernels(model)
+        attention.use_kernels(model)

@@ -15,8 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import kernel_probes
+import pytest
 import simulator
 from kernel_cases import kernel_cache, simulated  # noqa: F401
 from kernel_probes import PROBES

@@ -10,7 +10,8 @@ from torch import Tensor
 from toy import PROMPT, table
 
 from specdec.drafters.trees import growth
-from specdec.drafters.trees.growth import ChildSampling, TreeBuilder
+from specdec.drafters.trees.expansion import ChildSampling
+from specdec.drafters.trees.growth import TreeBuilder
 from specdec.drafters.trees.shapes import StaticShape
 from specdec.interfaces import Drafter, Limit, Row, Scores, Verdict
 from specdec.rng import Rng

@@ -15,13 +15,17 @@ import tinychat
 import torch
 
 from specdec.cli.train_data import Source
-from specdec.drafters.training import data
+from specdec.drafters.training import data, generator
 
 NUM = 128  # the fewest conversations that can be trained on
-SMALL = (
-    "--conversations", str(NUM), "--max-answer-tokens", "8", "--epochs", "1", "--batch-tokens", "2048",
-    "--draft-vocab", "200", "--heads", "2", "--steps", "2", "--layers", "2", "--precision", "no", "--threads", "1",
-)  # fmt: skip
+TEXT = ("--conversations", str(NUM), "--max-answer-tokens", "8", "--threads", "1")
+FIT = ("--epochs", "1", "--precision", "no")
+SMALL = {
+    "medusa": (*TEXT, *FIT, "--draft-vocab", "200", "--heads", "2"),
+    "eagle": (*TEXT, *FIT, "--draft-vocab", "200", "--steps", "2"),
+    "draft": (*TEXT, *FIT, "--layers", "2"),
+    "recycling": TEXT,
+}
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def test_from_nothing_but_a_model_to_a_drafter_that_keeps_the_text(
     specdec_command: tinychat.Command, target: str, work: Path, tmp_path: Path, kind: str
 ) -> None:
     output = tmp_path / "a, b's drafter"
-    train = ("train", kind, "--target", target, "--work", str(work), "--output", str(output), *SMALL)
+    train = ("train", kind, "--target", target, "--work", str(work), "--output", str(output), *SMALL[kind])
     ran = specdec_command(*train)
     assert ran.status == 0, ran.err
     hint = ran.out.removeprefix(f"{output}: use it with ")
@@ -94,7 +98,8 @@ def test_from_nothing_but_a_model_to_a_drafter_that_keeps_the_text(
 def test_the_card_says_what_it_was_made_of(
     specdec_command: tinychat.Command, target: str, work: Path, tmp_path: Path
 ) -> None:
-    ran = specdec_command("train", "medusa", "--target", target, "--work", str(work), "--output", str(tmp_path), *SMALL)
+    places = ("--work", str(work), "--output", str(tmp_path))
+    ran = specdec_command("train", "medusa", "--target", target, *places, *SMALL["medusa"])
     assert ran.status == 0, ran.err
     facts = json.loads((tmp_path / "training.json").read_text())
     assert facts["target"] == target
@@ -132,19 +137,19 @@ def test_a_run_that_is_stopped_while_it_writes_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ctrl-C in the first stage, then the same command again: the text is that of a run that was not stopped."""
-    whole = data.Generator.run
+    whole = generator.Generator.run
 
-    def stopped(self: data.Generator, folder: Any) -> Iterator[Any]:
+    def stopped(self: generator.Generator, folder: Any) -> Iterator[Any]:
         for number, text in enumerate(whole(self, folder)):
             if number == 40:
                 raise KeyboardInterrupt
             yield text
 
     own = tmp_path / "work"
-    train = ("train", "medusa", "--target", target, "--output", str(tmp_path / "out"), *SMALL, "--work")
+    train = ("train", "medusa", "--target", target, "--output", str(tmp_path / "out"), *SMALL["medusa"], "--work")
     assert specdec_command(*train, str(work)).status == 0
     with monkeypatch.context() as patch:
-        patch.setattr(data.Generator, "run", stopped)
+        patch.setattr(generator.Generator, "run", stopped)
         ran = specdec_command(*train, str(own))
     assert ran.status == 130
     assert len((own / "conversations.jsonl").read_text().splitlines()) >= 40
@@ -166,7 +171,15 @@ def test_questions_from_a_file_also_for_a_base_model(
     model = tinychat.make_model(num_hidden_layers=2)  # too few layers for EAGLE, enough for Medusa
     target = tinychat.save(tmp_path / "target", model, tokenizer)
     questions = write_questions(tmp_path / "questions.jsonl", NUM + 3)
-    options = (*SMALL[2:], "--target", target, "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out"))
+    options = (
+        *SMALL["medusa"][2:],
+        "--target",
+        target,
+        "--work",
+        str(tmp_path / "work"),
+        "--output",
+        str(tmp_path / "out"),
+    )
     ran = specdec_command("train", "medusa", "--data", questions, *options)
     assert ran.status == 0, ran.err
     lines = [json.loads(line) for line in (tmp_path / "work" / "conversations.jsonl").read_text().splitlines()]
@@ -188,8 +201,8 @@ def test_questions_from_a_file_also_for_a_base_model(
         (("--learning-rate", "0"), "learning_rate must be positive, got 0"),
         (("--minutes", "-1"), "minutes must be positive"),
         (("--precision", "int8"), "precision must be no, bf16 or fp16, got 'int8'"),
-        (("--heads", "0"), "heads must be at least 1, got 0"),
-        (("--draft-vocab", "-2"), "draft_vocab must be positive"),
+        (("--steps", "0"), "steps must be at least 1, got 0"),
+        (("--draft-vocab", "-2"), "draft_vocab must be at least 0, got -2"),
         (("--batch-size", "0"), "batch_size must be at least 1, got 0"),
         (("--threads", "0"), "threads must be at least 1, got 0"),
         (("--data", "nonesuch.jsonl"), "cannot read the prompts file nonesuch.jsonl"),
@@ -220,10 +233,30 @@ def test_options_that_do_not_fit_the_target_or_the_data_are_named(
     specdec_command: tinychat.Command, target: str, work: Path, tmp_path: Path, kind: str, words: Any, message: str
 ) -> None:
     place = tmp_path / "work" if "context" in message else work
-    options = ("--target", target, "--output", str(tmp_path / "out"), "--work", str(place), *SMALL, *words)
+    options = ("--target", target, "--output", str(tmp_path / "out"), "--work", str(place), *SMALL[kind], *words)
     ran = specdec_command("train", kind, *options)
     assert ran.status == 2
     assert message in ran.error
+
+
+HELP = {
+    "medusa": {"--heads", "--head-layers", "--draft-vocab", "--own-output", "--start-from", "--epochs"},
+    "eagle": {"--steps", "--draft-vocab", "--own-output", "--start-from", "--epochs"},
+    "draft": {"--layers", "--start-from", "--epochs"},
+    "recycling": {"--contexts"},
+}
+
+
+@pytest.mark.parametrize("kind", HELP)
+def test_a_kind_has_its_own_options_and_defaults(specdec_command: tinychat.Command, kind: str) -> None:
+    """With one command for all kinds, most options of a run did nothing."""
+    said = specdec_command("train", kind, "--help").out
+    options = set(re.findall(r"^  (--[a-z-]+)", said, re.MULTILINE))
+    assert options & set().union(*HELP.values()) == HELP[kind]
+    assert {"--output", "--target", "--work", "--seed", "--threads"} <= options
+    assert "Where the training text comes from:" in said
+    rate = re.search(r"--learning-rate X .*\[default: ([\d.]+)\]", said)
+    assert (rate and rate[1]) == {"draft": "0.0003", "recycling": None}.get(kind, "0.001")
 
 
 def test_too_few_questions_and_no_layers_for_eagle(specdec_command: tinychat.Command, tmp_path: Path) -> None:
@@ -232,7 +265,7 @@ def test_too_few_questions_and_no_layers_for_eagle(specdec_command: tinychat.Com
     options = ("--target", target, "--output", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
     ran = specdec_command("train", "medusa", "--data", questions, *options)
     assert (ran.status, "got 20 (--data" in ran.error) == (2, True)
-    ran = specdec_command("train", "eagle", *options, *SMALL)
+    ran = specdec_command("train", "eagle", *options, *SMALL["eagle"])
     assert ran.status == 2
     assert "EAGLE-3 reads three layers of its target, which has 2" in ran.error
     assert not (tmp_path / "work").exists()
@@ -241,6 +274,6 @@ def test_too_few_questions_and_no_layers_for_eagle(specdec_command: tinychat.Com
 def test_a_model_without_a_template_is_told_to_take_a_file(specdec_command: tinychat.Command, tmp_path: Path) -> None:
     target = tinychat.save(tmp_path / "target", tokenizer=tinychat.make_tokenizer(template=None))
     places = ("--output", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
-    ran = specdec_command("train", "medusa", "--target", target, *places, *SMALL)
+    ran = specdec_command("train", "medusa", "--target", target, *places, *SMALL["medusa"])
     assert ran.status == 2
     assert "has no chat template, so it cannot write questions; give a file" in ran.error

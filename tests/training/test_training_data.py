@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import tinychat
 import torch
 from transformers import LlamaForCausalLM
 
-from specdec.drafters.training.data import OPENERS, Chat, Conversation, DataFolder, DataSettings, Generator
-from specdec.engine.causal_lm import CausalLM
-from specdec.verifiers import make_verifier
+from specdec.drafters.training.data import Conversation, DataFolder, DataSettings
+from specdec.drafters.training.generator import OPENERS, Chat, Generator, MakeDecoder
+from specdec.runtime import Runtime
+from specdec.settings import Settings
 
 EOS, USER, BOT = 256, 257, 258
 SETTINGS = DataSettings("tiny", 24, max_question_tokens=12, max_answer_tokens=10)
@@ -37,15 +39,19 @@ def chat() -> Chat:
 
 
 @pytest.fixture(scope="module")
-def target(model: LlamaForCausalLM) -> CausalLM:
-    return CausalLM(model)
+def runtime(model: LlamaForCausalLM) -> Runtime:
+    return Runtime(model)
+
+
+def plain_decoder(runtime: Runtime, settings: DataSettings) -> MakeDecoder:
+    return partial(runtime.decoder, Settings(drafter="none", adaptive=False, seed=settings.seed))
 
 
 @pytest.fixture
-def make(target: CausalLM, chat: Chat) -> Any:
+def make(runtime: Runtime, chat: Chat) -> Any:
     def generator(settings: DataSettings = SETTINGS, **options: Any) -> Generator:
         options = {"openers": OPEN, "batch_size": 5, **options}
-        return Generator(target, make_verifier("match"), frozenset({EOS}), chat, settings, **options)
+        return Generator(plain_decoder(runtime, settings), frozenset({EOS}), chat, settings, **options)
 
     return generator
 
@@ -63,10 +69,11 @@ def by_number(folder: DataFolder) -> dict[int, Conversation]:
 
 
 @pytest.fixture(scope="module")
-def whole(target: CausalLM, chat: Chat, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Conversation]:
+def whole(runtime: Runtime, chat: Chat, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Conversation]:
     """What a run that was never interrupted makes."""
     folder = opened(tmp_path_factory.mktemp("whole"))
-    generator = Generator(target, make_verifier("match"), frozenset({EOS}), chat, SETTINGS, OPEN, batch_size=5)
+    make_decoder = plain_decoder(runtime, SETTINGS)
+    generator = Generator(make_decoder, frozenset({EOS}), chat, SETTINGS, OPEN, batch_size=5)
     assert [text.index for text in generator.run(folder)] == [text.index for text in folder.read()]
     texts = by_number(folder)
     assert sorted(texts) == list(range(SETTINGS.count))

@@ -18,10 +18,12 @@ from specdec.drafters.heads.checkpoint_io import save_tensors
 from specdec.drafters.heads.eagle_format import load_eagle, save_eagle
 from specdec.drafters.heads.medusa_heads import load_medusa
 from specdec.drafters.training.data import Conversation
-from specdec.drafters.training.draft import DraftTraining, pruned
+from specdec.drafters.training.draft import DraftTraining, pruned, train_draft
+from specdec.drafters.training.eagle import embedding_table, train_eagle
 from specdec.drafters.training.features import SHARD, FeatureStore
-from specdec.drafters.training.job import Job, Recipe, embedding_table
-from specdec.drafters.training.loop import TrainSettings
+from specdec.drafters.training.job import Job
+from specdec.drafters.training.medusa import train_medusa
+from specdec.drafters.training.recipes import DraftRecipe, EagleRecipe, MedusaRecipe, TableRecipe, TrainSettings
 from specdec.engine.hidden_states import decoder_layers
 from specdec.errors import CheckpointError
 
@@ -136,10 +138,19 @@ def store(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> 
     return store
 
 
-def job(model: Any, store: FeatureStore, folder: Path, kind: str, **changes: Any) -> Job:
-    settings = TrainSettings(epochs=changes.pop("epochs", 12), learning_rate=3e-3, precision="no", report_every_s=1e-9)
-    recipe = Recipe(kind, settings, batch_tokens=128, **{"draft_vocab": 64, "heads": 2, "layers": 2, **changes})
-    return Job(model, store, recipe, folder, lambda _: None)
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "medusa": (train_medusa, MedusaRecipe, {"draft_vocab": 64, "heads": 2}),
+    "eagle": (train_eagle, EagleRecipe, {"draft_vocab": 64}),
+    "draft": (train_draft, DraftRecipe, {"layers": 2}),
+}
+
+
+def train(model: Any, store: FeatureStore, folder: Path, kind: str, epochs: float = 12, **changes: Any) -> Any:
+    """The facts of a run."""
+    function, recipe, options = KINDS[kind]
+    settings = TrainSettings(epochs=epochs, learning_rate=3e-3, batch_tokens=128, precision="no", report_every_s=1e-9)
+    job = Job(model, store, folder, lambda _: None)
+    return job.run(function, recipe(settings=settings, **{**options, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -151,10 +162,10 @@ def test_the_held_out_loss_falls(
     model: LlamaForCausalLM, store: FeatureStore, tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    early = job(model, store, tmp_path / "early", kind, epochs=0.01, **changes).run()
-    late = job(model, store, tmp_path / "late", kind, **changes).run()
+    early = train(model, store, tmp_path / "early", kind, epochs=0.01, **changes)
+    late = train(model, store, tmp_path / "late", kind, **changes)
     assert late["loss"] < 0.95 * early["loss"]
-    on = job(model, store, tmp_path / "on", kind, epochs=0.01, start_from=str(tmp_path / "late"), **changes).run()
+    on = train(model, store, tmp_path / "on", kind, epochs=0.01, start_from=str(tmp_path / "late"), **changes)
     assert on["loss"] < 1.02 * late["loss"]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -166,17 +177,19 @@ def test_only_the_draft_models_layers_learn(model: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("recipe", "changes", "message"),
     [
-        ({"kind": "lookahead"}, "kind must be one of medusa, eagle, draft, recycling, got 'lookahead'"),
-        ({"heads": 0}, "heads must be at least 1, got 0"),
-        ({"batch_tokens": 0}, "batch_tokens"),
-        ({"draft_vocab": -1}, "draft_vocab must be positive, or 0 for every id, got -1"),
+        (MedusaRecipe, {"heads": 0}, "heads must be at least 1, got 0"),
+        (EagleRecipe, {"steps": 0}, "steps must be at least 1, got 0"),
+        (DraftRecipe, {"layers": 0}, "layers must be at least 1, got 0"),
+        (TableRecipe, {"contexts": 0}, "contexts must be at least 1, got 0"),
+        (TrainSettings, {"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+        (EagleRecipe, {"draft_vocab": -1}, "draft_vocab must be at least 0, got -1"),
     ],
 )
-def test_bad_recipes_are_named(changes: dict[str, Any], message: str) -> None:
+def test_bad_recipes_are_named(recipe: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Recipe(**{"kind": "eagle", "settings": TrainSettings(), **changes})
+        recipe(**changes)
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
@@ -187,18 +200,18 @@ def test_a_run_keeps_its_draft_vocabulary_when_text_is_added(
     own = {"own_output": True, "draft_vocab": 20}
     grown = FeatureStore(Path(shutil.copytree(store.path, tmp_path / "features")), store.layers)
     first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
-    job(model, grown, first, kind, epochs=0.1, **own).run()
+    train(model, grown, first, kind, epochs=0.1, **own)
     shutil.copytree(first, second)
     ids = range(VOCAB - 40, VOCAB)
     other = [Conversation(i, tuple(random.Random(i).choices(ids, k=20)), 2) for i in range(3 * SHARD)]
     assert list(grown.build(model, other))[2:]
-    job(model, grown, second, kind, epochs=0.2, **own).run()
-    job(model, grown, third, kind, epochs=0.2, **own).run()
+    train(model, grown, second, kind, epochs=0.2, **own)
+    train(model, grown, third, kind, epochs=0.2, **own)
     drafted = [drafted_ids(folder, kind, model) for folder in (first, second, third)]
     assert drafted[0] == drafted[1] != drafted[2]
     with pytest.raises(ValueError, match="belongs to a run with other settings"):
-        job(model, grown, second, kind, **own | {"draft_vocab": 21}).run()
-    job(model, grown, second, kind, epochs=0.3, **own).run()
+        train(model, grown, second, kind, **own | {"draft_vocab": 21})
+    train(model, grown, second, kind, epochs=0.3, **own)
     assert drafted_ids(second, kind, model) == drafted[0]
 
 
@@ -206,9 +219,9 @@ def test_going_on_from_a_drafter_keeps_its_sizes_and_its_vocabulary(
     model: LlamaForCausalLM, store: FeatureStore, tmp_path: Path
 ) -> None:
     """Other options are for new drafters: three heads stay three."""
-    job(model, store, tmp_path / "first", "medusa", epochs=0.01, heads=3, draft_vocab=30).run()
+    train(model, store, tmp_path / "first", "medusa", epochs=0.01, heads=3, draft_vocab=30)
     start = str(tmp_path / "first")
-    job(model, store, tmp_path / "second", "medusa", epochs=0.01, heads=1, draft_vocab=50, start_from=start).run()
+    train(model, store, tmp_path / "second", "medusa", epochs=0.01, heads=1, draft_vocab=50, start_from=start)
     assert drafted_ids(tmp_path / "second", "medusa", model) == drafted_ids(tmp_path / "first", "medusa", model)
     assert load_medusa(tmp_path / "second", model.config.hidden_size, VOCAB).num_heads == 3
 
@@ -218,9 +231,9 @@ def test_going_on_from_a_drafter_keeps_its_sizes_and_its_vocabulary(
 def test_a_drafter_of_another_form_is_no_start(
     model: LlamaForCausalLM, store: FeatureStore, tmp_path: Path, kind: str, owns: bool
 ) -> None:
-    job(model, store, tmp_path / "first", kind, epochs=0.01, own_output=owns).run()
+    train(model, store, tmp_path / "first", kind, epochs=0.01, own_output=owns)
     with pytest.raises(CheckpointError, match="has its own: --own-output" if owns else "leave --own-output out"):
-        job(model, store, tmp_path / "second", kind, own_output=not owns, start_from=str(tmp_path / "first")).run()
+        train(model, store, tmp_path / "second", kind, own_output=not owns, start_from=str(tmp_path / "first"))
 
 
 def test_an_older_eagle_head_and_another_vocabulary_are_no_start(
@@ -229,10 +242,10 @@ def test_an_older_eagle_head_and_another_vocabulary_are_no_start(
     config = {**eagle_config(model).to_dict(), "architectures": ["LlamaForCausalLM"]}
     save_tensors(random_feature_cell(model).state_dict(), config, tmp_path / "older")
     with pytest.raises(CheckpointError, match="only EAGLE-3 heads are trained"):
-        job(model, store, tmp_path / "a", "eagle", start_from=str(tmp_path / "older")).run()
+        train(model, store, tmp_path / "a", "eagle", start_from=str(tmp_path / "older"))
     pruned(tiny_target(vocab=61, layers=3), 2).save_pretrained(tmp_path / "small")
     with pytest.raises(CheckpointError, match="61 token ids"):
-        job(model, store, tmp_path / "b", "draft", start_from=str(tmp_path / "small")).run()
+        train(model, store, tmp_path / "b", "draft", start_from=str(tmp_path / "small"))
 
 
 def test_a_head_that_reads_other_layers_is_no_start(
@@ -241,7 +254,7 @@ def test_a_head_that_reads_other_layers_is_no_start(
     """Guards training on features that the head was not made for."""
     save_eagle(random_eagle(model, feature_layers=(0, 1, 2)), tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"reads hidden_states\[0, 1, 2\] .* not trained further"):
-        job(model, store, tmp_path / "a", "eagle", start_from=str(tmp_path / "other"), own_output=True).run()
+        train(model, store, tmp_path / "a", "eagle", start_from=str(tmp_path / "other"), own_output=True)
 
 
 def drafted_ids(folder: Path, kind: str, model: LlamaForCausalLM) -> list[int]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters.training import loop
-from specdec.drafters.training.loop import Trainer, TrainSettings
+from specdec.drafters.training.loop import Trainer
 from specdec.drafters.training.outcome import NUM_RANKS, Batch, Batches, Meter, Outcome
+from specdec.drafters.training.recipes import TrainSettings
 
 NUM_BATCHES = 7
 STATE, LOG = "state.pt", "log.jsonl"

@@ -11,7 +11,8 @@ from zoo import FAMILIES
 
 from specdec.drafters.heads.eagle_cell import EagleCell
 from specdec.drafters.heads.eagle_config import EagleConfig
-from specdec.drafters.training.eagle import norm_scale, unrolled_attention, warm_start
+from specdec.drafters.training.eagle import unrolled_attention
+from specdec.drafters.training.warm_start import norm_scale, warm_start
 from specdec.engine.hidden_states import decoder_layers
 
 SIZE = 32

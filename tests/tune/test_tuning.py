@@ -90,7 +90,7 @@ def test_the_cost_curve_has_every_size_and_leaves_no_rows_behind():
     s = setting(seconds=0.5)
     curve = measure_curve(s, PROMPTS[:2], columns=(1, 2, 5), rounds=3)
     assert curve == {1: 0.5, 2: 0.5, 5: 0.5}
-    assert not s.engine._cache_rows
+    assert not s.engine._rows
 
 
 def test_acceptance_is_counted_by_depth_and_rank():

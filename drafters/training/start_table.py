@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.drafters.lookup.successors import Order, StartTable, keys_of
+from specdec.drafters.heads.shipped import target_facts
+from specdec.drafters.lookup.start_table import Order, StartTable
+from specdec.drafters.lookup.successors import keys_of
 from specdec.drafters.training.features import FeatureStore
+from specdec.drafters.training.job import Facts, Job
 from specdec.drafters.training.outcome import RANKS
+from specdec.drafters.training.recipes import TableRecipe
 
 MAX_ORDER = 3  # longer contexts are too rare to add anything
 _NUM_SUCCESSORS = 8
@@ -28,6 +32,17 @@ _MERGE_EVERY = 1 << 23  # pairs that wait to be summed
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+
+def train_table(job: Job, recipe: TableRecipe) -> Facts:
+    """Gather a start table by ``recipe`` and save it."""
+    vocab_size = job.model.config.get_text_config().vocab_size
+    table = gather(job.store, job.split.train, vocab_size, recipe.contexts, target_facts(job.model))
+    job.save(lambda: table.save(job.folder))
+    accuracy = judge(table, job.store, job.split.held_out)
+    hits = ", ".join(f"{name} {rates[0]:.3f}" for name, rates in accuracy.items())
+    job.say(f"{table.num_contexts} contexts; on held-out text {hits}")
+    return {"num_contexts": table.num_contexts, **accuracy}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +90,9 @@ def judge(table: StartTable, store: FeatureStore, shards: Sequence[int]) -> dict
     for places in _read(store, shards):
         for i in np.flatnonzero(places.depths >= MAX_ORDER - 1).tolist():
             keys = keys_of(tuple(places.tokens[i - MAX_ORDER + 1 : i + 1].tolist()))
-            _, known, _ = table.find(keys)
+            _, successors, _ = table.find(keys)
             best = int(places.ids[i, 0])
-            rank = known.index(best) if best in known else len(known) + max(RANKS)
+            rank = successors.index(best) if best in successors else len(successors) + max(RANKS)
             total += 1
             for limit in RANKS:
                 hits[limit] += rank < limit
@@ -95,8 +110,8 @@ def _counts(store: FeatureStore, shards: Sequence[int], order: int, vocab_size: 
     """The contexts of ``order`` tokens as sorted codes, and how often each occurs."""
     codes, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for places in _read(store, shards):
-        found, is_whole = places.codes(order, vocab_size)
-        new, number = np.unique(found[is_whole], return_counts=True)
+        shard_codes, is_whole = places.codes(order, vocab_size)
+        new, number = np.unique(shard_codes[is_whole], return_counts=True)
         joined, where = np.unique(np.concatenate([codes, new]), return_inverse=True)
         codes, counts = joined, np.bincount(where, np.concatenate([counts, number])).astype(np.int64)
     return codes, counts
@@ -104,8 +119,8 @@ def _counts(store: FeatureStore, shards: Sequence[int], order: int, vocab_size: 
 
 def _most_frequent(counted: Sequence[tuple[Ints, Ints]], total: int) -> list[tuple[Ints, Ints]]:
     """The ``total`` most frequent of all lengths; of equally frequent ones the shorter, on which the longer rest."""
-    counts = np.concatenate([each[1] for each in counted])
-    lengths = np.repeat(np.arange(len(counted)), [len(each[1]) for each in counted])
+    counts = np.concatenate([of_length[1] for of_length in counted])
+    lengths = np.repeat(np.arange(len(counted)), [len(of_length[1]) for of_length in counted])
     kept = np.zeros(len(counts), np.bool_)
     kept[np.lexsort((lengths, -counts))[:total]] = True
     return [(codes[kept[lengths == i]], numbers[kept[lengths == i]]) for i, (codes, numbers) in enumerate(counted)]
@@ -139,11 +154,11 @@ def _summed(
     """Sorted pairs (row of ``codes`` times vocabulary plus token) and the sum of the token's probabilities there."""
     pairs, sums = [np.zeros(0, np.int64)], [np.zeros(0)]
     for places in _read(store, shards):
-        found, is_whole = places.codes(order, vocab_size)
-        rows = np.searchsorted(codes, found).clip(max=max(len(codes) - 1, 0))
-        known = is_whole & (codes[rows] == found) if len(codes) else np.zeros_like(is_whole)
-        pairs.append((rows[known, None] * vocab_size + places.ids[known]).ravel())
-        sums.append(places.probs[known].ravel())
+        shard_codes, is_whole = places.codes(order, vocab_size)
+        rows = np.searchsorted(codes, shard_codes).clip(max=max(len(codes) - 1, 0))
+        is_kept = is_whole & (codes[rows] == shard_codes) if len(codes) else np.zeros_like(is_whole)
+        pairs.append((rows[is_kept, None] * vocab_size + places.ids[is_kept]).ravel())
+        sums.append(places.probs[is_kept].ravel())
         if sum(map(len, pairs[1:])) > _MERGE_EVERY:
             merged, total = _merged(pairs, sums)
             pairs, sums = [merged], [total]
