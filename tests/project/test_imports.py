@@ -37,7 +37,7 @@ ROOMS: dict[str, str] = {
     "drafters": "core records hub engine cpu grammar",
     "runtime": "core records paging engine cpu cuda drafters verifiers kernels",
     "generation": "core engine grammar drafters verifiers runtime",
-    "serving": "core engine paging grammar runtime",
+    "serving": "core engine paging grammar drafters runtime",
     "serve": "core grammar serving",
     "tune": "core records engine drafters verifiers runtime",
     "cli": "core records hub engine cpu cuda kernels grammar drafters verifiers runtime generation serving serve tune analysis",
