@@ -71,7 +71,9 @@ class Streamed:
 
 
 def stream(run: Callable[[Callable[[Emission], None]], bool], view: Callable[[], View]) -> Streamed:
-    """Let ``run`` generate, which reports each step to what it is given and returns whether the text is whole, and show its text.
+    """Let ``run`` generate, and show its text as it comes.
+
+    ``run`` reports each step to what it is given, and returns whether the text is whole.
 
     ``view`` is made at the first step: nothing is shown where nothing could be generated. Ctrl-C ends the text early.
     """
