@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdec.generation.batch import SpeculativeOutput
+    from specdec.generation.prefix_cache import PrefixCache
     from specdec.generation.wrapper import custom_generate, generate
     from specdec.hub.load import load_model, load_tokenizer
     from specdec.serving.engine import Engine
@@ -24,6 +25,7 @@ _HOMES = {
     "custom_generate": "specdec.generation.wrapper",
     "SpeculativeOutput": "specdec.generation.batch",
     "Engine": "specdec.serving.engine",
+    "PrefixCache": "specdec.generation.prefix_cache",
     "RequestSettings": "specdec.serving.request",
     "Stats": "specdec.stats",
     "load_model": "specdec.hub.load",
@@ -35,6 +37,7 @@ _HOMES = {
 __all__ = [
     "Draw",
     "Engine",
+    "PrefixCache",
     "RequestSettings",
     "SpeculativeOutput",
     "Stats",

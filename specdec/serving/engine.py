@@ -17,11 +17,11 @@ import torch
 from specdec.budget.adaptive import make_budget
 from specdec.checks import whole_number
 from specdec.decode import Decoder
+from specdec.engine.kv_memory import make_tables
 from specdec.interfaces import Drafter, Row, Verifier
 from specdec.runtime import Runtime, as_verifier
 from specdec.serving.handle import Handle
 from specdec.serving.job import Job
-from specdec.serving.memory import make_tables
 from specdec.serving.per_request import EachForItself, PerRequest, RequestDrafter, RequestRng, RequestTransform
 from specdec.serving.request import Completion, Delta, FinishReason, RequestSettings
 from specdec.serving.scheduler import Scheduler, UsualPasses

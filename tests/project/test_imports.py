@@ -35,7 +35,7 @@ ROOMS: dict[str, str] = {
     "verifiers": "core",
     "drafters": "core records hub engine cpu",
     "runtime": "core records paging engine cpu cuda drafters verifiers kernels",
-    "generation": "core engine drafters verifiers runtime",
+    "generation": "core paging engine drafters verifiers runtime",
     "serving": "core engine paging runtime",
     "serve": "core serving",
     "tune": "core records engine drafters verifiers runtime",
