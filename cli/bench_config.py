@@ -47,6 +47,12 @@ class BenchConfig(options.Speculation, options.Engine):
             metavar="RATE,RATE,...|mean=X", help="Also what a drafter accepted like this would bring; no text."
         ),
     ] = None
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Let every answer match a JSON schema (FILE.json) or a Lark grammar (others)."
+        ),
+    ] = None
     trace: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write every step here.")] = None
     trace_probs: Annotated[
         bool, typer.Option("--trace-probs", help="With --trace: probabilities and entropies of every step too.")
@@ -70,6 +76,8 @@ class BenchConfig(options.Speculation, options.Engine):
         for text in self.drafters or ():
             parse_drafter(text)
         if self.synthetic_acceptance is not None:
+            if self.grammar is not None:
+                raise ValueError("a synthetic acceptance has no text that a grammar could be about: choose one of them")
             parse_acceptance(self.synthetic_acceptance)
 
     @property
@@ -78,4 +86,6 @@ class BenchConfig(options.Speculation, options.Engine):
         from specdec.drafters import parse_drafter, resolved_drafter
 
         specs = [resolved_drafter(spec, bool(self.drafter_models)) for spec in self.drafters or ("auto",)]
+        if self.grammar is not None and not self.drafters:
+            specs = [f"grammar:base={spec}" for spec in specs]
         return [spec for spec in dict.fromkeys(specs) if parse_drafter(spec)[0] != "none"]

@@ -35,10 +35,15 @@ from specdec.cli.progress import Tell
 from specdec.cli.results import Group, Question, Results, Turn
 from specdec.cli.saved import silent_transformers
 from specdec.cli.synthetic import SYNTHETIC, synthetic_pair
+from specdec.constraints import GrammarState
 from specdec.distributions import WarperTransform
 from specdec.drafters import parse_drafter
 from specdec.drafters.model import check_vocabulary
 from specdec.engine.causal_lm import CausalLM
+from specdec.generation.constrained import guided
+from specdec.grammar.compiler import GrammarCompiler
+from specdec.grammar.inputs import Grammar
+from specdec.grammar.masks import GrammarTransform
 from specdec.interfaces import Drafter, Verifier
 from specdec.records.prompts import Prompt, load_prompts, render_turns
 from specdec.records.provenance import collect
@@ -65,9 +70,10 @@ def run_bench(
     set_threads(config.threads)
     prompts = load_prompts(config.prompts, limit=config.limit)
     loaded = load(config.target, config.drafter_models or (), config, compare=True)
-    methods, skipped = build_methods(config, loaded, clock)
+    grammar = _start_grammar(config, loaded)
+    methods, skipped = build_methods(config, loaded, clock, grammar)
     _check_prompts(config, loaded, prompts)
-    judge = Judge(loaded.model, SamplingParams(config.temperature), config.seed)
+    judge = Judge(loaded.model, SamplingParams(config.temperature), config.seed, grammar)
     results = Results(config, methods, skipped, _provenance(config, loaded, command, len(prompts)), judge)
     bench = _Bench(config, loaded, results, tell or (lambda _done, _total, _what: None))
     questions = [Question(number, prompt) for number, prompt in enumerate(prompts)]
@@ -79,7 +85,19 @@ def run_bench(
     return results
 
 
-def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[list[Method], list[dict[str, str]]]:
+def _start_grammar(config: BenchConfig, loaded: Loaded) -> GrammarState | None:
+    """What every answer must match: the state of an empty one."""
+    if config.grammar is None:
+        return None
+    is_schema = config.grammar.suffix == ".json"
+    grammar = Grammar.json_schema(config.grammar) if is_schema else Grammar.lark(config.grammar)
+    ends = tuple(sorted(eos_ids(loaded.model)))
+    return GrammarCompiler(loaded.tokenizer, loaded.target.vocab_size, ends).start(grammar)
+
+
+def build_methods(
+    config: BenchConfig, loaded: Loaded, clock: Clock, grammar: GrammarState | None = None
+) -> tuple[list[Method], list[dict[str, str]]]:
     """What will be measured, and what will not and why. All our own methods share one engine."""
     ends, verifier = eos_ids(loaded.model), make_verifier(config.verifier)
     skipped: list[dict[str, str]] = []
@@ -89,16 +107,22 @@ def build_methods(config: BenchConfig, loaded: Loaded, clock: Clock) -> tuple[li
     costs = tuned.costs() if tuned else PassCosts()
 
     def hf(name: str, draft_model: Any | None = None) -> HfGenerate:
-        return HfGenerate(name, loaded.model, ends, config.temperature, config.seed, draft_model, clock)
+        return HfGenerate(
+            name, loaded.model, ends, config.temperature, config.seed, draft_model, clock, grammar=grammar
+        )
 
     def own(
         name: str, spec: str | None, verifier: Verifier, drafter: Drafter | None = None, *, adaptive: bool = True
     ) -> Speculative:
         settings = config.settings(drafter=spec or "none", verifier=verifier)
         budget = make_budget(config.max_nodes, adaptive and config.adaptive, costs)
-        transform, stop = WarperTransform(SamplingParams(config.temperature)), ends_with(ends)
+        params, stop = SamplingParams(config.temperature), ends_with(ends)
+        transform = WarperTransform(params) if grammar is None else GrammarTransform(params)
+        if grammar is not None and spec is not None:
+            drafter = guided(loaded.runtime.drafter(spec, verifier), verifier, is_growing=spec == "auto")
         decoder = loaded.runtime.decoder(settings, transform, stop, drafter=drafter, budget=budget, clock=clock)
-        return Speculative(name, spec, decoder, loaded.target, ends, clock, config.trace_probs and drafter is None)
+        is_detailed = config.trace_probs and name != SYNTHETIC
+        return Speculative(name, spec, decoder, loaded.target, ends, clock, is_detailed, grammar)
 
     methods: list[Method] = [hf(HF_GENERATE)]
     for name, drafts in ((HF_LOOKUP, (None,)), (HF_ASSISTED, loaded.draft_models)):

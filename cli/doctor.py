@@ -15,7 +15,7 @@ EXAMPLE = "Example: specdec doctor"
 # Module -> what it is for, and how to get it.
 _OPTIONAL = {
     "cupy": ("own CUDA kernels without a compiler", 'pip install "specdec-toolkit[cuda]"'),
-    "llguidance": ("grammar drafts", "pip install llguidance"),
+    "llguidance": ("structured output", 'pip install "specdec-toolkit[grammar]"'),
     "arctic_inference": ("suffix-tree drafts", "pip install arctic-inference"),
     "fastapi": ("specdec serve", 'pip install "specdec-toolkit[serve]"'),
     "accelerate": ("loading straight onto a GPU", "pip install accelerate"),

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ from specdec.settings import DEFAULTS
 if TYPE_CHECKING:
     from specdec.cli.loading import Loaded
     from specdec.decode import Emission
+    from specdec.grammar.inputs import Grammar
 
 EXAMPLE = 'Example: specdec generate "Write a haiku about trees." --temperature 0.7 --seed 1'
 
@@ -77,6 +79,43 @@ class Prompt:
             raise ValueError("--explain prints every step and --live redraws one: choose one of them")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What the answer must match."""
+
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", metavar="FILE.json", help="Write JSON that this schema allows.")
+    ] = None
+    regex: Annotated[
+        str | None,
+        typer.Option("--regex", metavar="PATTERN", help="Write text that this regular expression matches whole."),
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        typer.Option("--grammar", metavar="FILE.lark", help="Write text that this Lark grammar derives."),
+    ] = None
+    choices: Annotated[str | None, typer.Option("--choices", metavar="A,B,...", help="Write one of these.")] = None
+
+    def read(self) -> Grammar | None:
+        """The one that was given.
+
+        Raises:
+            ValueError: more than one, or one that cannot be read.
+        """
+        from specdec.grammar.inputs import Grammar
+
+        names = [f"--{name.replace('_', '-')}" for name, value in asdict(self).items() if value is not None]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} cannot both hold: choose one of them")
+        if self.json_schema is not None:
+            return Grammar.json_schema(self.json_schema)
+        if self.regex is not None:
+            return Grammar.regex(self.regex)
+        if self.grammar is not None:
+            return Grammar.lark(self.grammar)
+        return None if self.choices is None else Grammar.choices(self.choices.split(","))
+
+
 @grouped
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; - reads standard input.")],
@@ -93,6 +132,7 @@ def generate(
     speculation: options.Speculation,
     sampling: Sampling,
     shown: Prompt,
+    form: Form,
     engine: options.Engine,
 ) -> None:
     """Answer PROMPT, streaming the text as it is generated.
@@ -102,10 +142,14 @@ def generate(
 
     On a terminal, tokens that were drafted and accepted are green (underlined where there is no colour) and the
     target's own are plain. A line on standard error sums up at the end. --explain and --live show how it came about.
+
+    --json-schema, --regex, --grammar and --choices let the model write nothing else. Status 1 if the text ended before
+    it was complete.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ValueError("the prompt is empty; write some text")
+    grammar = form.read()
     options.set_threads(engine.threads)
     from specdec.cli.loading import check_prompt, load
     from specdec.cli.saved import sampling_options
@@ -137,14 +181,20 @@ def generate(
             sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, is_saved=sampling.generation_config
         ),
     }
+    if grammar is not None:
+        arguments |= {"grammar": grammar, "return_dict_in_generate": True}
+    reasons: list[str] = []
     streamed = stream(
-        partial(_generate, loaded, ids, arguments, is_saved=sampling.generation_config),
+        partial(_generate, loaded, ids, arguments, reasons, is_saved=sampling.generation_config),
         partial(make_view, loaded.tokenizer, explain=shown.explain, live=shown.live),
     )
     drafter_name = _drafter_name(drafter, bool(drafter_model))
     print(streamed.summary(verifier, drafter_name, len(ids)), file=sys.stderr)
     if streamed.is_interrupted:
         raise typer.Exit(130)
+    if grammar is not None and reasons != ["stop"]:
+        print("the text ended before it was complete: allow more with --max-new-tokens", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _check(drafter: str, speculation: options.Speculation) -> None:
@@ -184,9 +234,15 @@ def _render(tokenizer: Any, text: str, system: str | None, chat: bool) -> list[i
 
 
 def _generate(
-    loaded: Loaded, ids: list[int], arguments: dict[str, Any], show: Callable[[Emission], None], *, is_saved: bool
+    loaded: Loaded,
+    ids: list[int],
+    arguments: dict[str, Any],
+    reasons: list[str],
+    show: Callable[[Emission], None],
+    *,
+    is_saved: bool,
 ) -> None:
-    """The library's own generate(), on the model as it was loaded.
+    """The library's own generate(), on the model as it was loaded; adds to ``reasons`` why a text with a grammar ended.
 
     Raises:
         UnsupportedOptionError: the saved generation config asks for another way of decoding.
@@ -202,7 +258,10 @@ def _generate(
     with generation_config(model, is_saved=is_saved), silent_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* was tuned for ")  # told already
         try:
-            specdec.generate(model, input_ids, attention_mask=torch.ones_like(input_ids), on_emission=show, **arguments)
+            mask = torch.ones_like(input_ids)
+            output = specdec.generate(model, input_ids, attention_mask=mask, on_emission=show, **arguments)
+            if "grammar" in arguments:
+                reasons += output.finish_reasons
         except UnsupportedOptionError as error:
             raise UnsupportedOptionError(
                 f"the model's saved generation config cannot be followed: {error}; or add --no-generation-config"

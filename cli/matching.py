@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.constraints import GrammarState
+from specdec.grammar.masks import masked
+from specdec.grammar.row import RowGrammar
 from specdec.rng import PhiloxRng
 from specdec.sampling import SamplingParams, sampling_probs
 
@@ -74,6 +77,7 @@ class Judge:
     model: Any
     params: SamplingParams
     seed: int
+    grammar: GrammarState | None = None  # of an empty text; what all outputs keep to
 
     @property
     def tolerance(self) -> float:
@@ -91,14 +95,19 @@ class Judge:
             wanted, other = (ids[place] if place < len(ids) else None for ids in (expected, got))
             return Difference(question_id, turn, place, wanted, other, None, False)
         ids, pair = [*prompt, *expected[:place]], (expected[place], got[place])
-        margin = self._margin(self._logits(ids), ids, key, pair)
+        margin = self._margin(self._masked(self._logits(ids), expected[:place]), ids, key, pair)
         if margin > self.tolerance and self.model.dtype in (torch.bfloat16, torch.float16):
             blocks = (self._block_logits(ids, size) for size in _BLOCKS if size < len(ids))
-            margin = min([margin, *(self._margin(logits, ids, key, pair) for logits in blocks)])
+            allowed = (self._masked(logits, expected[:place]) for logits in blocks)
+            margin = min([margin, *(self._margin(logits, ids, key, pair) for logits in allowed)])
         finite_margin = margin if math.isfinite(margin) else None
         return Difference(
             question_id, turn, place, expected[place], got[place], finite_margin, margin <= self.tolerance
         )
+
+    def _masked(self, logits: Tensor, text: Sequence[int]) -> Tensor:
+        """``logits`` (V,) without what the grammar excludes behind ``text``."""
+        return logits if self.grammar is None else masked(RowGrammar(self.grammar.fork(), 0).at(text), logits)
 
     def _margin(self, logits: Tensor, ids: list[int], key: int, pair: tuple[int, int]) -> float:
         """How far the worse of two tokens lies below the best by ``logits`` (V,)."""

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from specdec.cli.details import Details, details
 from specdec.cli.saved import neutral_config
+from specdec.constraints import GrammarState
 from specdec.decode import Decoder
 from specdec.engine.causal_lm import CausalLM
+from specdec.grammar.masks import GrammarProcessor
+from specdec.grammar.row import RowGrammar
 from specdec.interfaces import Row, Step
 
 Clock = Callable[[], float]
@@ -87,6 +90,7 @@ class HfGenerate:
     drafter: str | None = None
     verifier: str | None = None
     lossless: bool = True
+    grammar: GrammarState | None = None  # of an empty text; every answer must match it
 
     def run(self, batch: Batch) -> Output:
         """With sampling, the noise is torch's, seeded for each batch; it is another noise than ours."""
@@ -110,6 +114,8 @@ class HfGenerate:
         options: dict[str, Any] = {"max_new_tokens": batch.max_new_tokens, "do_sample": self.temperature > 0}
         if self.temperature > 0:
             options |= {"temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        if self.grammar is not None:
+            options["logits_processor"] = [GrammarProcessor([self.grammar], tuple(self.eos_ids))]
         if self.name == HF_LOOKUP:
             options["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
         if self.draft_model is not None:
@@ -128,6 +134,7 @@ class Speculative:
     eos_ids: frozenset[int]
     clock: Clock = time.perf_counter
     is_detailed: bool = False  # also look behind each step; the time for it is left out of the measurement
+    grammar: GrammarState | None = None  # of an empty text; every answer must match it
 
     @property
     def verifier(self) -> str:
@@ -142,6 +149,8 @@ class Speculative:
             Row(key, list(ids), len(ids) + batch.max_new_tokens)
             for key, ids in zip(batch.keys, batch.prompts, strict=True)
         ]
+        for row in rows:
+            row.grammar = None if self.grammar is None else RowGrammar(self.grammar.fork(), row.num_prompt)
         steps: list[Step] = []
         seen: list[Details] = []
         looking_s = 0.0

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from specdec.generation.batch import SpeculativeOutput
     from specdec.generation.prefix_cache import PrefixCache
     from specdec.generation.wrapper import custom_generate, generate
+    from specdec.grammar.inputs import Grammar
     from specdec.hub.load import load_model, load_tokenizer
     from specdec.serving.engine import Engine
     from specdec.serving.request import RequestSettings
@@ -24,6 +25,7 @@ _HOMES = {
     "generate": "specdec.generation.wrapper",
     "custom_generate": "specdec.generation.wrapper",
     "SpeculativeOutput": "specdec.generation.batch",
+    "Grammar": "specdec.grammar.inputs",
     "Engine": "specdec.serving.engine",
     "PrefixCache": "specdec.generation.prefix_cache",
     "RequestSettings": "specdec.serving.request",
@@ -37,6 +39,7 @@ _HOMES = {
 __all__ = [
     "Draw",
     "Engine",
+    "Grammar",
     "PrefixCache",
     "RequestSettings",
     "SpeculativeOutput",

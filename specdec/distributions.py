@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ from specdec.sampling import SamplingParams, sampling_probs
 from specdec.tree import TokenTree
 
 Processors = Callable[[Tensor, Tensor], Tensor]  # (B, L) token ids and (B, V) scores -> (B, V) scores
+
+
+@runtime_checkable
+class NodeProcessor(Protocol):
+    """A processor for one row at any node, which is told the row and the path and not shown their ids."""
+
+    def at_node(self, row: Row, length: int, path: Sequence[int], scores: Tensor) -> Tensor:
+        """The processed ``scores`` (V,) behind the row's first ``length`` tokens and ``path``."""
 
 
 class LogitsTransform(Protocol):
@@ -68,11 +76,14 @@ class ProcessorTransform:
 
     def _apply(self, row: Row, length: int, tree: TokenTree, node: int, scores: Tensor) -> Tensor:
         """The processed ``scores`` (V,) behind the row's first ``length`` tokens and the path to ``node``."""
-        input_ids = self._histories.ids(row, length, tree.path_tokens(node), scores.device)
-        scores = scores[None]
+        path = tree.path_tokens(node)
+        input_ids = self._histories.ids(row, length, path, scores.device)
         for processor in self.processors:
-            scores = processed(_for_row(processor, row.key), input_ids, scores)
-        return scores[0]
+            if isinstance(processor, NodeProcessor):
+                scores = processor.at_node(row, length, path, scores)
+            else:
+                scores = processed(_for_row(processor, row.key), input_ids, scores[None])[0]
+        return scores
 
 
 def processed(processor: Processors, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -195,6 +206,7 @@ class NodeDistributions:
     tree: TokenTree
     logits: Tensor  # (n, V)
     apply: Callable[[int, Tensor], Tensor] | None  # a node and its scores (V,) -> processed scores (V,)
+    is_warped: bool = True  # ``apply`` includes temperature and filters; otherwise ``params`` come behind it
     _scores: dict[int, Tensor] = field(default_factory=dict)
     _probs: dict[int, Tensor] = field(default_factory=dict)
     _bests: list[tuple[int, float]] | None = None
@@ -236,6 +248,8 @@ class NodeDistributions:
             probs = sampling_probs(self.scores(node), self.params)
         elif self.apply is None:
             probs = sampling_probs(self.logits[node], self.params)
+        elif not self.is_warped:
+            probs = sampling_probs(self.scores(node), self.params)
         else:
             probs = self.scores(node).softmax(-1)
         self._check(node, float(probs.sum()))

@@ -17,6 +17,10 @@ class NonFiniteLogitsError(SpecdecError, ValueError):
     """The model returned NaN or +inf logits, or excluded every token, at a position that has to be decided."""
 
 
+class GrammarError(SpecdecError, ValueError):
+    """A grammar that cannot be kept to: damaged, impossible, beyond what its backend enforces, or beyond its limits."""
+
+
 class InexactDraftError(SpecdecError, ValueError):
     """A verifier was handed a tree whose draws or branches it is not exact for."""
 

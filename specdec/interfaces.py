@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from specdec.constraints import TextGrammar
 from specdec.rng import Rng, RowRng
 from specdec.sampling import SamplingParams
 from specdec.tree import Draw, TokenTree
@@ -29,6 +30,7 @@ class Row:
     key: int
     tokens: list[int]  # prompt, then what was emitted
     max_tokens: int  # the length at which the row ends, prompt included
+    grammar: TextGrammar | None = None  # what its text must keep to; None: it is free
     num_prompt: int = field(init=False)
     num_steps: int = field(init=False, default=0)
     num_new: int = field(init=False, default=0)  # tokens emitted by the latest step

@@ -35,6 +35,7 @@ SAMPLED = {
     "core/test_exactness.py", "core/test_growth_law.py",
     "drafters/test_eagle_exactness.py", "drafters/test_eagle_published.py",
     "engine/test_paged.py", "engine/test_zoo.py",
+    "grammar/test_exactness.py", "grammar/test_generate.py", "grammar/test_inputs.py", "grammar/test_mutants.py",
     "generation/test_wrapper.py", "generation/test_wrapper_inputs.py",
     "project/test_imports.py",
 }  # fmt: skip

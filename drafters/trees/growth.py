@@ -60,6 +60,7 @@ class TreeBuilder:
 
     def expand(self, logits: Tensor) -> None:
         """Give the frontier children from its draft ``logits`` (len(frontier), Vd), and choose the next frontier."""
+        logits = self._masked(logits)
         grown = self._pick_children(logits) if self._may_drop else self._draw_level(logits)
         self.scored += self.frontier
         self.level += 1
@@ -79,6 +80,25 @@ class TreeBuilder:
             room = self.limit.nodes - (len(self.tokens) - 1)
             grown = grown[: max(room, 0)]
         self.frontier = sorted(grown)
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        """``logits`` without what the row's grammar excludes: then they are what the target's will look like."""
+        grammar = self.row.grammar
+        if grammar is None or self.vocab is not None:
+            return logits
+        rows = []
+        for node, each in zip(self.frontier, logits, strict=True):
+            state = grammar.find(self.row.tokens, self._path_tokens(node))
+            kept = each if state is None else each.masked_fill(~state.allowed().to(each.device), -torch.inf)
+            rows.append(kept if bool(kept.isfinite().any()) else each)  # the draft model may know none of those
+        return torch.stack(rows)
+
+    def _path_tokens(self, node: int) -> list[int]:
+        tokens = []
+        while node:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tokens[::-1]
 
     @property
     def _may_drop(self) -> bool:

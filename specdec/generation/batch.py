@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +17,23 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specdec.decode import Emission
 from specdec.distributions import NodeDistributions
 from specdec.generation.streaming import Stream
+from specdec.grammar.compiler import end_tokens
+from specdec.grammar.row import finish_reason
 from specdec.interfaces import Row
 from specdec.stats import Stats
 
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
-    """What ``generate()`` returns with ``return_dict_in_generate``, and the acceptance statistics."""
+    """What ``generate()`` returns with ``return_dict_in_generate``, the acceptance statistics, and why each row ended.
+
+    A finish reason is "stop" (a token or a criterion that ends a text), "length" (no more tokens were allowed), or
+    "incomplete" (a criterion ended the row inside what its grammar asks for). Under a grammar, "stop" alone says that
+    the text is whole.
+    """
 
     stats: Stats | None = None
+    finish_reasons: tuple[str, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -40,6 +49,7 @@ class Batch:
     padding_tokens: dict[int, list[int]] = field(init=False)
     _num_streamed: int = 0
     _finished: set[int] = field(default_factory=set)
+    _reasons: dict[int, str] = field(default_factory=dict)  # by row; told when it ends, because padding may follow
     _logits: list[list[Tensor]] = field(init=False)  # for each row and new token (V,)
     _scores: list[list[Tensor]] = field(init=False)
 
@@ -65,6 +75,7 @@ class Batch:
         row, nodes = emission.row.key, emission.step.nodes
         if emission.step.finished:
             self._finished.add(row)
+            self._reasons[row] = finish_reason(emission.row, end_tokens(self.config._eos_token_tensor))
         if self.config.return_dict_in_generate and self.config.output_logits:
             self._logits[row] += [self._kept(emission.scores.logits[node]) for node in nodes]
         if self.config.return_dict_in_generate and self.config.output_scores:
@@ -97,14 +108,27 @@ class Batch:
         num_new = self._num_new
         new = [(r.tokens[r.num_prompt :] + [self._pad] * (num_new - r.num_emitted))[:num_new] for r in self.rows]
         sequences = torch.cat([self.input_ids, torch.tensor(new, device=self.input_ids.device)], 1)
+        reasons = tuple(self._reasons[row.key] for row in self.rows)
         if not self.config.return_dict_in_generate:
+            self._warn(reasons)
             return sequences
         return SpeculativeOutput(
             sequences=sequences,
             scores=_by_step(self._scores, num_new) if self.config.output_scores else None,
             logits=_by_step(self._logits, num_new) if self.config.output_logits else None,
             stats=stats,
+            finish_reasons=reasons,
         )
+
+    def _warn(self, reasons: Sequence[str]) -> None:
+        """Tell a caller who did not ask for reasons."""
+        cut = [row.key for row, reason in zip(self.rows, reasons, strict=True) if row.grammar and reason != "stop"]
+        if cut:
+            warnings.warn(
+                f"the text of row {cut[0]} ended before its grammar was complete: allow more new tokens; with "
+                "return_dict_in_generate=True the output says of each row why it ended",
+                stacklevel=2,
+            )
 
 
 def _by_step(rows: Sequence[Sequence[Tensor]], num_new: int) -> tuple[Tensor, ...]:

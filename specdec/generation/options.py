@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 from specdec.distributions import LogitsTransform, WarperTransform
 from specdec.errors import UnsupportedOptionError
 from specdec.generation.arguments import DEFAULT_CACHES, check_cache, check_input_ids, check_mask, unsupported
+from specdec.grammar.masks import GrammarProcessor, GrammarTransform
 from specdec.sampling import GREEDY, SamplingParams
 
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # in generate()'s order
@@ -98,11 +99,14 @@ def _num_padding(mask: Tensor) -> list[int]:
 
 
 def fast_policy(processors: Sequence[Any], config: Any) -> LogitsTransform | None:
-    """The fused path if ``processors`` are the usual warpers and nothing else."""
+    """The fused path if ``processors`` are the usual warpers, behind a grammar or not, and nothing else."""
+    has_grammar = bool(processors) and isinstance(processors[0], GrammarProcessor)
+    warpers = processors[has_grammar:]
     # Only the general path keeps the processed scores that output_scores asks for.
-    if not _are_plain_warpers(processors) or config.output_scores:
+    if not _are_plain_warpers(warpers) or config.output_scores:
         return None
-    return WarperTransform(_read_warpers(processors) if config.do_sample else GREEDY)
+    params = _read_warpers(warpers) if config.do_sample else GREEDY
+    return GrammarTransform(params) if has_grammar else WarperTransform(params)
 
 
 def _are_plain_warpers(processors: Sequence[Any]) -> bool:

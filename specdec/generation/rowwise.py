@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from specdec.distributions import Histories, InBatch, processed
+from specdec.distributions import Histories, InBatch, NodeProcessor, processed
 from specdec.errors import UnsupportedOptionError
 from specdec.generation.snapshot import UnreadableStateError, changes, is_plain
 from specdec.interfaces import Row
@@ -54,6 +54,8 @@ def is_rowwise(thing: Any, trial: Trial) -> bool:
 
 def for_one_row(thing: Any, num_rows: int) -> Any:
     """``thing``, or what asks it about one row of a batch of ``num_rows``, if it may hold parameters of each row."""
+    if isinstance(thing, NodeProcessor):
+        return thing
     if num_rows > 1 and (
         is_declared(thing) or any(_is_by_row(name, value, num_rows) for name, value in vars(thing).items())
     ):

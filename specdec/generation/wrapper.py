@@ -21,10 +21,12 @@ from specdec.errors import UnsupportedOptionError
 from specdec.generation.arguments import DraftModels, as_models, check_call, check_callable, drafter_of, verifier_of
 from specdec.generation.batch import Batch
 from specdec.generation.caller_objects import Given, arrange
+from specdec.generation.constrained import attach_grammars, constrain, guided
 from specdec.generation.hook import Call, Dropped, check_dropped, dropped_arguments, heal_tokens, take_stop_strings
 from specdec.generation.options import check_generation_config, check_inputs
 from specdec.generation.prefix_cache import PrefixCache
 from specdec.generation.streaming import Stream
+from specdec.grammar.inputs import Grammar
 from specdec.interfaces import Drafter, Step, Verifier
 from specdec.rng import PhiloxRng
 from specdec.runtime import Runtime, as_verifier
@@ -52,6 +54,7 @@ def generate(
     accelerate: bool = DEFAULTS.accelerate,
     cuda_graphs: bool = DEFAULTS.cuda_graphs,
     prefix_cache: PrefixCache | None = None,
+    grammar: Grammar | Sequence[Grammar | None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_emission: Callable[[Emission], None] | None = None,
     tokenizer: Any | None = None,
@@ -80,23 +83,27 @@ def generate(
             graphs stay for the next call. Not yet seen on a GPU (docs/gpu-todo.md), so it is off by default.
         prefix_cache: what earlier calls computed of texts that begin alike is not computed again, and this call's texts
             are kept for later ones.
+        grammar: what every text must match (``specdec.Grammar``), or one for each prompt, None for a free one; needs the
+            ``tokenizer``. The output is that of plain constrained decoding, and a text that is complete ends.
         on_step: called with every step of every row.
         on_emission: the same, with what is needed to look behind a step: its tree and the distributions at its nodes.
         generation_config and all others: as for ``model.generate``. Logits processors and criteria of your own are
             asked about the whole batch, once for each token, as there; rows then wait for each other. Give one the
             attribute ``is_rowwise = True`` if it answers for a row by the ids (and scores) of that row alone and keeps
-            no state: then they need not, and verifiers that look ahead may ask it too. ``tokenizer`` is for stop strings
-            and token healing. The streamer is ended even if an error ends the call.
+            no state: then they need not, and verifiers that look ahead may ask it too. ``tokenizer`` is for stop strings,
+            token healing and grammars. The streamer is ended even if an error ends the call.
 
     Returns:
         What ``model.generate`` returns: (B, L + new) token ids, or with ``return_dict_in_generate`` a
-        SpeculativeOutput, whose ``stats`` hold the acceptance statistics. Its ``past_key_values`` are None: the
+        SpeculativeOutput, whose ``stats`` hold the acceptance statistics and whose ``finish_reasons`` tell texts that are
+        whole from those that were cut. Its ``past_key_values`` are None: the
         loop's cache has another layout. Its ``scores`` and ``logits`` are zeros where a row had ended.
 
     Raises:
         ValueError: an argument of another kind than it must be; the message says which.
         UnsupportedOptionError: an option that is not supported here; the message names it.
         UnsupportedModelError: the model cannot be verified; the message says why.
+        GrammarError: a grammar that cannot be kept to; the message says why.
     """
     named = {
         "logits_processor": logits_processor,
@@ -120,6 +127,8 @@ def generate(
         call = Call(model, inputs, generation_config, kwargs)
         take_stop_strings(call, tokenizer)
         heal_tokens(call, tokenizer)
+        if grammar is not None:
+            constrain(call, grammar, tokenizer)
         return call.run(loop)
 
 
@@ -214,6 +223,7 @@ class _Loop:
             padding = check_inputs(input_ids, model_kwargs)
             stream = found if found.is_open else given
             batch = Batch(input_ids, padding, generation_config, stopping_criteria, stream)
+            attach_grammars(logits_processor, batch.rows)
             with self.prefix_cache.lock if self.prefix_cache else nullcontext():
                 return self._run(self._decoder(model, batch, logits_processor), batch)
 
@@ -229,6 +239,8 @@ class _Loop:
 
         is_kept = self.prefix_cache is not None and isinstance(named, str)
         drafter, drafts = self.prefix_cache.kept((named, verifier.name), build) if is_kept else build()  # type: ignore[union-attr]
+        if any(row.grammar for row in batch.rows):
+            drafter = guided(drafter, verifier, is_growing=named == "auto")
         if named is settings.drafter:  # a tuned file may name a drafter that runs a model for other batches only
             drafts.check_use(drafter.name)
         given = Given(

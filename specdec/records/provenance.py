@@ -13,7 +13,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "numpy", "accelerate", "tokenizers", "safetensors")
+PACKAGES = ("torch", "transformers", "numpy", "accelerate", "tokenizers", "safetensors", "llguidance")
 
 
 def collect(

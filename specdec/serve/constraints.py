@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +73,12 @@ def _build(name: str, kind: str, value: Any) -> Any:
     try:
         if kind == "json_schema":
             return Grammar.json_schema(_schema(name, value))
-        make = {"regex": Grammar.regex, "choices": Grammar.choices, "lark": Grammar.lark}[kind]
-        return make(value)
+        make: dict[str, Callable[[Any], Grammar]] = {
+            "regex": Grammar.regex,
+            "choices": Grammar.choices,
+            "lark": Grammar.lark,
+        }
+        return make[kind](value)
     except (ValueError, TypeError) as error:
         raise bad(name, f"{name}: {error}") from None
 

@@ -16,8 +16,13 @@ import torch
 
 from specdec.budget.adaptive import make_budget
 from specdec.checks import whole_number
+from specdec.constraints import GrammarState
 from specdec.decode import Decoder
+from specdec.drafters.grammar import GrammarDrafter
 from specdec.engine.kv_memory import make_tables
+from specdec.grammar.compiler import GrammarCompiler
+from specdec.grammar.inputs import Grammar
+from specdec.grammar.row import RowGrammar
 from specdec.interfaces import Drafter, Row, Verifier
 from specdec.runtime import Runtime, as_verifier
 from specdec.serving.handle import Handle
@@ -105,7 +110,9 @@ class Engine:
         runtime = Runtime(model, draft_models, accelerate=accelerate, tables=tables)
         settings = Settings(verifier=verifier, max_nodes=max_nodes, adaptive=adaptive, drafter=drafter)
         plan = runtime.plan(settings, max_rows)
-        self.drafter = runtime.drafter(plan.drafter, as_verifier(verifier))
+        rule = as_verifier(verifier)
+        inner = runtime.drafter(plan.drafter, rule)
+        self.drafter = GrammarDrafter(inner, rule.shares_target_noise, plan.drafter == "auto", name=inner.name)
         budget = UsualPasses(make_budget(plan.max_nodes, plan.adaptive, plan.costs, runtime.target.in_line))
         self._requests = PerRequest()
         rng = RequestRng(self._requests)
@@ -125,6 +132,8 @@ class Engine:
         )
         budget.is_usual = lambda: not self._scheduler.has_prompts
         self._default_stops = _end_tokens(model)
+        self._compilers: dict[frozenset[int], GrammarCompiler] = {}  # by the tokens that end a text
+        self._compiling = threading.Lock()
         self._keys = count()
         self._inbox: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -245,9 +254,21 @@ class Engine:
         seed = int(torch.randint(2**62, ()).item()) if settings.seed is None else settings.seed
         completion = Completion(request_id or f"request-{key}", tuple(tokens), seed)
         stops = self._default_stops if settings.stop_token_ids is None else frozenset(settings.stop_token_ids)
+        if settings.grammar is not None:
+            row.grammar = RowGrammar(self._start(settings.grammar, stops), len(tokens))
         text = TextStream(self.tokenizer, tuple(settings.stop))
         cancel = partial(self._cancel, key)
         return Job(row, settings, completion, Handle(completion, cancel), text, stops, time.perf_counter())
+
+    def _start(self, grammar: Grammar, ends: frozenset[int]) -> GrammarState:
+        """The state of an empty answer, in the caller's thread: the first use of a grammar compiles it."""
+        if self.tokenizer is None:
+            raise ValueError("a grammar needs a tokenizer: Engine(model, tokenizer=...)")
+        with self._compiling:
+            if ends not in self._compilers:
+                ordered = tuple(sorted(ends))
+                self._compilers[ends] = GrammarCompiler(self.tokenizer, self._target.vocab_size, ordered)
+            return self._compilers[ends].start(grammar)
 
     def _cancel(self, key: int) -> None:
         with self._changed:

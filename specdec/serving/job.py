@@ -45,7 +45,9 @@ class Job:
 
     def row_settings(self) -> RowSettings:
         """What the decode loop asks about the row."""
-        transform = transform_for(self.settings.params, self.settings.logits_processors)
+        transform = transform_for(
+            self.settings.params, self.settings.logits_processors, has_grammar=self.row.grammar is not None
+        )
         return RowSettings(transform, PhiloxRng(self.completion.seed), self.drafts, self.ends)
 
     def ends(self, row: Row) -> bool:

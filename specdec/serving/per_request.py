@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
 
 from specdec.decode import RowByRow
 from specdec.distributions import LogitsTransform, ProcessorTransform, WarperTransform
+from specdec.grammar.masks import GrammarProcessor, GrammarTransform
 from specdec.interfaces import Drafter, Limit, Row, Scores, TargetDistributions, Verdict, Verifier
 from specdec.rng import PhiloxRng, Rng, RowRng
 from specdec.sampling import GREEDY, SamplingParams
@@ -166,10 +167,12 @@ class EachForItself:
         return verdicts
 
 
-def transform_for(params: SamplingParams, processors: Sequence[Any]) -> LogitsTransform:
-    """From logits to distributions: ``processors`` first, then temperature, top-k, top-p and min-p as generate() does."""
+def transform_for(params: SamplingParams, processors: Sequence[Any], *, has_grammar: bool = False) -> LogitsTransform:
+    """From logits to distributions: ``processors`` first, the mask of the row's grammar if it has one, then temperature,
+    top-k, top-p and min-p, as generate() does.
+    """
     if not processors:
-        return WarperTransform(params)
+        return GrammarTransform(params) if has_grammar else WarperTransform(params)
     warpers: list[Any] = []
     if not params.is_greedy:
         if params.temperature != 1:
@@ -180,4 +183,5 @@ def transform_for(params: SamplingParams, processors: Sequence[Any]) -> LogitsTr
             warpers.append(TopPLogitsWarper(params.top_p))
         if params.min_p:
             warpers.append(MinPLogitsWarper(params.min_p))
-    return ProcessorTransform([*processors, *warpers], params)
+    masks = [GrammarProcessor((), ())] if has_grammar else []
+    return ProcessorTransform([*processors, *masks, *warpers], params)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from specdec.checks import whole_number
+from specdec.checks import shown, whole_number
+from specdec.grammar.inputs import Grammar
 from specdec.interfaces import Step
 from specdec.rng import PhiloxRng
 from specdec.sampling import GREEDY, SamplingParams
@@ -39,6 +40,7 @@ class RequestSettings:
         stop_token_ids: None takes the end-of-sequence tokens of the model; () goes on to ``max_new_tokens``.
         logits_processors: as for ``generate()``, asked about this row alone: token ids (1, L) and scores (1, V). They
             must keep no state.
+        grammar: what the text must match, as for ``generate()``; the engine needs its tokenizer for it.
         draft: whether to speculate.
         priority: requests with a higher one come first; nobody waits for ever.
         logprobs: return the log-probability of each token under the model's own distribution, and of so many of the
@@ -57,6 +59,7 @@ class RequestSettings:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] | None = None
     logits_processors: Sequence[Any] = ()
+    grammar: Grammar | None = None
     draft: bool = True
     priority: int = 0
     logprobs: int | None = None
@@ -68,6 +71,8 @@ class RequestSettings:
             raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature!r}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be a list of strings that are not empty, got {self.stop!r}")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar must be a specdec.Grammar, got {shown(self.grammar)}")
         if self.logprobs is not None and not 0 <= whole_number("logprobs", self.logprobs) <= MAX_LOGPROBS:
             raise ValueError(f"logprobs must be from 0 to {MAX_LOGPROBS}, got {self.logprobs}")
         if self.seed is not None:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tinychat
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -196,6 +197,21 @@ def test_the_code_of_a_document_runs(
     model, inputs = names["model"], names["inputs"]
     expected = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     assert torch.equal(names["output"], expected)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_code_of_the_guide_to_grammars_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As above, with a tiny chat model that can end a text."""
+    monkeypatch.setattr(specdec, "load_model", lambda _: tinychat.make_model(eos=256))
+    monkeypatch.setattr(specdec, "load_tokenizer", lambda _: tinychat.make_tokenizer())
+    names: dict[str, Any] = {}
+    for block in blocks((ROOT / "docs" / "grammar.md").read_text("utf-8"), "python"):
+        exec(compile(block, "docs/grammar.md", "exec"), names)  # the documents are ours
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("('stop',) {'tone': ")
+    assert told[-1] == "True"
 
 
 # ----- the table -----
