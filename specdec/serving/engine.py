@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -21,6 +21,7 @@ from specdec.runtime import Runtime, as_verifier
 from specdec.serving.handle import Handle
 from specdec.serving.job import Job
 from specdec.serving.memory import make_tables
+from specdec.serving.pass_record import PassRecord
 from specdec.serving.per_request import EachForItself, PerRequest, RequestDrafter, RequestRng, RequestTransform
 from specdec.serving.request import Completion, Delta, FinishReason, RequestSettings
 from specdec.serving.scheduler import Scheduler
@@ -69,6 +70,7 @@ class Engine:
         max_waiting: requests that may wait; more are refused. None: any number.
         token_budget: columns of a pass up to which prompts fill it: smaller ones delay other rows less.
         prefix_sharing: whether texts that begin alike share what is computed for their beginnings.
+        on_pass: told of each pass, in the engine's thread; what it takes delays all rows.
 
     Raises:
         UnsupportedModelError: the model cannot be verified.
@@ -92,6 +94,7 @@ class Engine:
         max_waiting: int | None = None,
         token_budget: int = 512,
         prefix_sharing: bool = True,
+        on_pass: Callable[[PassRecord], None] | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("block_size", block_size), ("token_budget", token_budget)):
             if whole_number(name, value) < 1:
@@ -116,7 +119,9 @@ class Engine:
             decide=lambda verifier, _: EachForItself(verifier, rng),
             num_rows=max_rows,
         )
-        self._scheduler = Scheduler(decoder, runtime.target, tables, self._requests, max_rows, max_nodes, token_budget)
+        self._scheduler = Scheduler(
+            decoder, runtime.target, tables, self._requests, max_rows, max_nodes, token_budget, on_pass
+        )
         self._default_stops = _end_tokens(model)
         self._keys = count()
         self._inbox: deque[Job] = deque()
