@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from specdec.decode import Emission
 from specdec.engine.causal_lm import CausalLM
-from specdec.paging.prefixes import Edge, PrefixTree
+from specdec.paging.prefixes import PrefixTree
 from specdec.paging.tables import BlockTables
 from specdec.serving.job import Job
 
@@ -82,10 +82,10 @@ def record_pass(
 
 
 def _edges(tree: PrefixTree) -> tuple[EdgeRecord, ...]:
-    found, waiting = list[EdgeRecord](), list[Edge](tree.root.below())
+    found, waiting = list[EdgeRecord](), [*tree.root.below()][::-1]
     while waiting:
         edge = waiting.pop()
         assert edge.parent is not None
         found.append(EdgeRecord(edge.block, edge.parent.block, edge.tokens, tree.pool.num_holders(edge.block)))
-        waiting.extend(edge.below())
+        waiting += [*edge.below()][::-1]
     return tuple(found)
