@@ -17,7 +17,6 @@ from specdec.analysis.results import Workload
 
 Row = Mapping[str, Any]
 _TABLES, _COLUMNS, _MAP = 5, 22, 44  # rows and blocks of each that are shown; blocks in a line of the map
-_LONG = 10_000  # numbers from here on do not fit into a cell
 
 
 @in_theme
@@ -29,16 +28,17 @@ def block_structure(workload: Workload, ax: Axes | None = None) -> Axes:
     ax, colors = new_axes(ax), theme()
     ax.set_axis_off()
     size = int(kv["block_size"])
+    owners = _owners(snapshot["rows"])
+    number_of = {block: i for i, block in enumerate(sorted(owners))}
     inks = {each["request_id"]: colors.cycle[i % len(colors.cycle)] for i, each in enumerate(rows)}
     for place, each in enumerate(rows):
         ax.text(-0.6, -1.7 * place + 0.5, each["request_id"], ha="right", va="center", fontsize=11)
-        _table(ax, each, size, -1.7 * place, inks[each["request_id"]])
+        _table(ax, each, size, -1.7 * place, inks[each["request_id"]], number_of)
     top = -1.7 * len(rows) - 0.7
-    ax.text(0, 1.95, "Block tables: in the order of the text, with the number of the block in the pool",
+    ax.text(0, 1.95, "Block tables: blocks in the order of the text, numbered as they lie in memory",
             fontsize=12, weight="bold", va="center")  # fmt: skip
-    ax.text(0, top + 0.3, "The pool: blocks that somebody holds, in the order of memory", fontsize=12, weight="bold",
+    ax.text(0, top + 0.3, "Blocks of running rows as they lie in memory; gaps: other blocks between", fontsize=12, weight="bold",
             va="center")  # fmt: skip
-    owners = _owners(snapshot["rows"])
     bottom = _pool_map(ax, owners, inks, top - 1.4)
     ax.set(xlim=(-4.6, _MAP + 0.3), ylim=(bottom - 0.4, 2.6))
     pieces = sum(_stretches(each["blocks"]) for each in snapshot["rows"])
@@ -54,12 +54,10 @@ def block_structure(workload: Workload, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _table(ax: Axes, row: Row, size: int, y: float, color: str) -> None:
-    """A row's blocks with their numbers; where these are long, only those at which a new piece of memory begins."""
+def _table(ax: Axes, row: Row, size: int, y: float, color: str, number_of: Mapping[int, int]) -> None:
+    """A row's blocks with their numbers on the map."""
     colors, width = theme(), (_MAP - 1.0) / _COLUMNS
-    blocks = row["blocks"]
-    is_long = max(blocks) >= _LONG
-    shown = _cut(blocks, _COLUMNS)
+    shown = _cut(row["blocks"], _COLUMNS)
     for place, (number, block) in enumerate(shown):
         x = place * width + (number != place)  # behind a gap where blocks are left out
         if place and number != shown[place - 1][0] + 1:
@@ -67,11 +65,8 @@ def _table(ax: Axes, row: Row, size: int, y: float, color: str) -> None:
         filled = min(max(row["num_kept"] - number * size, 0), size) / size
         ax.add_patch(Rectangle((x + 0.1, y), (width - 0.2) * filled, 1, fc=color, ec="none", alpha=0.85))
         ax.add_patch(Rectangle((x + 0.1, y), width - 0.2, 1, fill=False, ec=color, lw=1.3))
-        is_first = place == 0 or block != blocks[number - 1] + 1
-        if not is_long or is_first:
-            ink = colors.ground if filled > 0.8 else colors.ink
-            at, side = (x + 0.2, "left") if is_long else (x + width / 2, "center")
-            ax.text(at, y + 0.47, str(block), ha=side, va="center", fontsize=9, color=ink, clip_on=True)
+        ink = colors.ground if filled > 0.7 else colors.ink
+        ax.text(x + width / 2, y + 0.47, str(number_of[block]), ha="center", va="center", fontsize=9, color=ink)
 
 
 def _pool_map(ax: Axes, owners: Mapping[int, Sequence[str]], inks: Mapping[str, str], y: float) -> float:
@@ -139,7 +134,7 @@ def attention_flow(workload: Workload, ax: Axes | None = None) -> Axes:
     """How a row's pass finds its keys: from the text by the block table to places in memory."""
     row = paged_row(workload)
     kv, snapshot = row["kv"], row["kv"]["snapshot"]
-    each = max(snapshot["rows"], key=lambda one: (_stretches(one["blocks"]), one["num_drafted"], one["num_kept"]))
+    each = max(snapshot["rows"], key=_interest)
     size, count = int(kv["block_size"]), 10
     needed = each["blocks"][: -(-each["num_kept"] // size)]
     if _stretches(needed) < 2:
@@ -215,6 +210,12 @@ def _owners(rows: Sequence[Row]) -> dict[int, list[str]]:
         for block in each["blocks"]:
             owners.setdefault(block, []).append(each["request_id"])
     return owners
+
+
+def _interest(row: Row) -> tuple[bool, int, int, int]:
+    """How much there is to see of where a row's blocks lie."""
+    blocks = row["blocks"]
+    return blocks != sorted(blocks), _stretches(blocks), int(row["num_drafted"]), int(row["num_kept"])
 
 
 def _stretches(blocks: Sequence[int]) -> int:

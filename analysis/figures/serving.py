@@ -100,13 +100,13 @@ def memory_comparison(workload: Workload, ax: Axes | None = None) -> Axes:
     number = np.arange(1, len(passes["time_s"]) + 1)
     for used, had, mean, name, color, style in layouts:
         share = np.array(passes[used]) / np.maximum(np.array(passes[had]), 1)
-        ax.plot(number, 100 * share, color=color, ls=style, lw=2, label=f"{name}, mean {kv[mean]:.1%}")
+        ax.plot(number, 100 * share, color=color, ls=style, lw=2, label=f"{name}: {kv[mean]:.1%}")
     ax.set(xlabel="pass", ylabel="slots that hold a token, %", ylim=(0, 104), xlim=(1, number[-1]))
     ax.grid(axis="y")
     ax.set_title("How much of the key-value cache is in use")
     ax.legend(loc="upper center", bbox_to_anchor=(0.48, -0.13), ncols=3, fontsize=11)
     caption(
-        ax, f"{about(workload, row)}; the other layouts: computed for the rows of the same passes",
+        ax, f"{about(workload, row)}; percentages: means over passes; padded and reserved: computed for the same rows",
         conditions(workload.provenance),
     )  # fmt: skip
     return ax
@@ -135,7 +135,7 @@ def performance_comparison(workload: Workload, ax: Axes | None = None) -> Axes:
         )
         for x, cell in zip((1.33, 1.7, 2.03), cells, strict=True):
             ax.text(x * top, place, cell, ha="center", va="center", fontsize=11.5)
-    heads = ("first token, s\np50 / p99", "between tokens, ms\np50 / p99", "same text as\neach alone")
+    heads = ("first token\ns, p50 / p99", "between tokens\nms, p50 / p99", "same text as\neach alone")
     for x, head in zip((1.33, 1.7, 2.03), heads, strict=True):
         ax.text(x * top, -0.85, head, ha="center", va="center", fontsize=10.5, weight="bold")
     ax.set_yticks(range(len(rows)), names)
