@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORM = "ragged|prefix|chat|samples|poisson:RATE[,n=N,seed=N]|FILE"
 _DEFAULT_N = {"ragged": 32, "prefix": 32, "chat": 8, "samples": 8, "poisson": 32}
 _SAMPLES_TEMPERATURE = 0.8  # greedy samples would all be one text
-_NUM_DOCUMENTS = (0, 0, 0, 1, 2, 4)  # behind a ragged question: half are short, one in six is very long
+_NUM_DOCUMENTS = (0, 0, 0, 0, 1, 1, 2, 6)  # behind a ragged question: half have none, one in eight is very long
 _FOLLOW_UPS = (
     "Say the most important part of that again in one short sentence.",
     "What would be a good counter-argument?",
