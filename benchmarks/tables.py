@@ -1,4 +1,4 @@
-"""Writes the result tables of README.md, docs/performance.md and docs/workloads.md, so that no number is typed by hand.
+"""Writes the result tables of README.md and docs/performance.md, so that no number is typed by hand.
 
     python benchmarks/tables.py              # fill every table of the documents
     python benchmarks/tables.py RESULT.json  # print the table of any result of `specdec bench --output`
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "workloads.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 TABLE = re.compile(r"<!-- table:start (?P<file>\S+\.json)(?P<rows>[^\n]*?) -->\n.*?<!-- table:end -->", re.DOTALL)
 WORKLOAD_HEAD = (
     "engine", "rows", "tokens/s", "first token, s (p50, p99)", "between tokens, ms (p50, p90, p99)", "tokens per pass",

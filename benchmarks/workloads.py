@@ -2,7 +2,7 @@
 
     python benchmarks/workloads.py           # all; about an hour on two cores that do nothing else
     python benchmarks/workloads.py ragged    # only those named
-    python benchmarks/workloads.py figures   # only the figures, in docs/figures/workloads
+    python benchmarks/workloads.py figures   # only the figures, in docs/figures
     python benchmarks/workloads.py list      # only print the commands
 
 Needs the console script ``specdec`` beside this interpreter.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = "docs/figures/workloads"
+FOLDER = "docs/figures"
 OURS = "--drafter none --drafter hybrid"
 COMMANDS = {
     "ragged": "--workload ragged:n=200 --engine paged --drafter hybrid --max-rows 16 --max-new-tokens 64 --kv-memory 1GB",
@@ -71,6 +71,8 @@ def main(arguments: Sequence[str]) -> None:
         subprocess.run([program, *bench(name)], cwd=ROOT, check=True)
     for words in figures():
         subprocess.run([program, *words], cwd=ROOT, check=True)
+    for dark in (ROOT / FOLDER).glob("*-dark.svg"):  # the pages show the light ones
+        dark.unlink()
 
 
 if __name__ == "__main__":
