@@ -35,7 +35,8 @@ def bench(
     if config.trace_probs and config.trace is None:
         raise ValueError("--trace-probs writes to the trace: add --trace FILE.jsonl")
     output, trace = (path.expanduser() if path else None for path in (output, config.trace))
-    _check_paths(config.prompts, output, trace)
+    spec = None if config.serving.workload is None else config.serving.spec
+    _check_paths(config.prompts if spec is None or not spec.is_file else spec.name, output, trace)
     config = replace(config, trace=trace)
     if config.serving.workload is not None:
         _run_workload(config, output)

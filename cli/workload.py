@@ -17,8 +17,10 @@ from specdec.cli.loading import Loaded, all_model_facts, check_prompt, eos_ids, 
 from specdec.cli.options import set_threads
 from specdec.cli.progress import Tell
 from specdec.cli.saved import silent_transformers
-from specdec.cli.workload_engines import Asked, HfBatches, Run, WorkloadEngine, make_engines, own_batches
-from specdec.cli.workload_options import HF, PAGED, EngineSpec, parse_engine
+from specdec.cli.workload_hf import HfBatches, HfContinuous
+from specdec.cli.workload_options import HF, PAGED, RAGGED, EngineSpec, parse_engine
+from specdec.cli.workload_own import Paged, own_batches
+from specdec.cli.workload_runs import Asked, Run, WorkloadEngine
 from specdec.drafters import resolved_drafter
 from specdec.records.provenance import collect
 from specdec.records.trace import TraceWriter
@@ -77,6 +79,24 @@ def run_workload(config: BenchConfig, *, command: Sequence[str] = ("run_workload
     return results
 
 
+def make_engines(
+    specs: Sequence[EngineSpec], config: BenchConfig, drafters: Sequence[str], loaded: Loaded, ends: frozenset[int]
+) -> list[WorkloadEngine]:
+    """Every engine with every number of rows, ours with every drafter."""
+    engines: list[WorkloadEngine] = []
+    for max_rows in config.serving.max_rows or (16,):
+        for spec in specs:
+            if spec.name == PAGED:
+                engines += [Paged(spec, drafter, max_rows, config, loaded, ends) for drafter in drafters]
+            elif spec.name == RAGGED:
+                engines += [own_batches(spec, drafter, max_rows, config, loaded, ends) for drafter in drafters]
+            elif spec.name == HF:
+                engines.append(HfBatches(spec, max_rows, loaded.model, ends))
+            else:
+                engines.append(HfContinuous(spec, max_rows, loaded.model, ends))
+    return engines
+
+
 def _check_first(loaded: Loaded, requests: Sequence[Request]) -> None:
     """Refuse what would fail in the middle; answers are counted at their longest."""
     by_id = {request.request_id: request for request in requests}
@@ -96,7 +116,7 @@ def _alone(
     """The requests with their token ids, and each one's answer alone: generate()'s, or sampled with our own noise."""
     plain = replace(config, verifier="match", adaptive=False)
     greedy = HfBatches(EngineSpec(HF, HF, ()), 1, loaded.model, ends)
-    sampled = own_batches(EngineSpec("plain", "ragged", ()), "none", 1, plain, loaded, ends)
+    sampled = own_batches(EngineSpec("plain", RAGGED, ()), "none", 1, plain, loaded, ends)
     by_id = {request.request_id: request for request in requests}
     asked: list[Asked] = []
     reference: dict[str, tuple[int, ...]] = {}

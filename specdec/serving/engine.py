@@ -70,7 +70,7 @@ class Engine:
         max_waiting: requests that may wait; more are refused. None: any number.
         token_budget: columns of a pass up to which prompts fill it: smaller ones delay other rows less.
         prefix_sharing: whether texts that begin alike share what is computed for their beginnings.
-        on_pass: told of each pass, in the engine's thread; what it takes delays all rows.
+        on_pass: told of each pass, in the engine's thread; what it takes delays all rows, and an error of its ends them.
 
     Raises:
         UnsupportedModelError: the model cannot be verified.

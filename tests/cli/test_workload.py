@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import tinychat
 
 from specdec.cli.bench_config import BenchConfig
 from specdec.cli.workload import run_workload
-from specdec.cli.workload_engines import Asked, Run, Served, in_batches
+from specdec.cli.workload_cache import slots_of_pass
+from specdec.cli.workload_hf import HfContinuous
 from specdec.cli.workload_options import WorkloadOptions, parse_engine
-from specdec.cli.workload_summary import _use, summarise_workload
+from specdec.cli.workload_runs import Asked, Queue, Run, Served, in_batches
+from specdec.cli.workload_summary import summarise_workload
 from specdec.interfaces import Verdict
 from specdec.records.trace import read_trace
 from specdec.records.workloads import Request
@@ -134,7 +137,7 @@ def test_a_small_cache_preempts_and_changes_nothing(bench):
 def test_use_of_slots_by_hand():
     """Two rows that share block 3; four slots a block."""
     rows = (RowRecord("a", 5, 7, 6, (3, 4, 9), 1, 0, 0), RowRecord("b", 5, 5, 4, (3, 5), 1, 0, 0))
-    used = _use(PassRecord(rows, 2, 6, 1, 0, None), 4, 20)
+    used = slots_of_pass(PassRecord(rows, 2, 6, 1, 0, None), 4, 20)
     assert used == {
         "rows": 2, "waiting": 2, "emitted": 2, "held": 6, "known": 1,
         "tokens": 10, "filled": 6, "slots": 12, "pass_slots": 16, "padded": 12, "reserved": 40,
@@ -152,6 +155,18 @@ def test_batches_take_what_has_arrived():
 
     in_batches([Asked(request, (1,)) for request in requests], 2, serve)
     assert batches == [["0", "1"], ["3"], ["2"]]
+
+
+def test_an_answer_that_transformers_lost_ends_the_run():
+    """It tells of errors in the result only, or not at all."""
+    engine = HfContinuous(parse_engine("hf-batch"), 2, None, frozenset())
+    for result in (
+        SimpleNamespace(error="no room", generated_tokens=[1]),
+        SimpleNamespace(error=None, generated_tokens=[]),
+    ):
+        result.request_id = "a"
+        with pytest.raises(RuntimeError, match="failed on a"):
+            engine._take(result, Queue([]))
 
 
 # ----- the command -----
