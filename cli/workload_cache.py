@@ -12,7 +12,7 @@ from specdec.cli.workload import WorkloadResults
 from specdec.cli.workload_runs import Run, WorkloadEngine
 from specdec.serving.pass_record import EdgeRecord, PassRecord
 
-_TEXT = 48  # signs of a node's text at most
+_TEXT = 80  # signs of a node's text at most
 
 
 def cache_numbers(results: WorkloadResults, engine: WorkloadEngine, run: Run) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def kv_cache_problem(workload: Workload, ax: Axes | None = None) -> Axes:
     """What rows of one real pass would leave unused if each had one piece of memory, as long as the longest may get."""
     row = paged_row(workload)
     kv, snapshot = row["kv"], row["kv"]["snapshot"]
-    rows = sorted(snapshot["rows"], key=lambda each: -int(each["num_kept"]))[:_MOST_ROWS]
+    everyone = sorted(snapshot["rows"], key=lambda each: -int(each["num_kept"]))
+    rows = everyone[:: -(-len(everyone) // _MOST_ROWS)]  # percentages count those that are not drawn, too
     if len(rows) < 2:
         raise MissingDataError("a workload of which at least two requests ran at a time")
     ax, colors = new_axes(ax), theme()
@@ -70,12 +71,13 @@ def kv_cache_problem(workload: Workload, ax: Axes | None = None) -> Axes:
     ax.barh(places, kept, 0.72, color=colors.own)
     ax.set_yticks(places, [each["request_id"] for each in rows], fontsize=10.5)
     ax.set(xlabel="slots for keys and values, one a token", xlim=(0, most * 1.01), ylim=(len(rows) - 0.4, -0.6))
-    total = len(rows) * most
-    ax.set_title(f"One piece of memory for each row: {kept.sum() / total:.0%} of it would hold a token")
+    tokens = np.array([each["num_kept"] for each in everyone])
+    total = len(tokens) * most
+    ax.set_title(f"One piece of memory for each row: {tokens.sum() / total:.0%} of it would hold a token")
     handles = [
-        Patch(color=colors.own, label=f"tokens, {kept.sum() / total:.0%}"),
+        Patch(color=colors.own, label=f"tokens, {tokens.sum() / total:.0%}"),
         Patch(fc=colors.ground, ec=colors.rejected, hatch="///",
-              label=f"padding to the longest row, {(longest - kept).sum() / total:.0%}"),
+              label=f"padding to the longest row, {(longest - tokens).sum() / total:.0%}"),
         Patch(fc=colors.ground, ec=colors.faint,
               label=f"kept free for the longest request, {(most - longest) / most:.0%}"),
     ]  # fmt: skip
