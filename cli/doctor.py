@@ -17,6 +17,7 @@ _OPTIONAL = {
     "cupy": ("own CUDA kernels without a compiler", 'pip install "specdec-toolkit[cuda]"'),
     "llguidance": ("grammar drafts", "pip install llguidance"),
     "arctic_inference": ("suffix-tree drafts", "pip install arctic-inference"),
+    "fastapi": ("specdec serve", 'pip install "specdec-toolkit[serve]"'),
     "accelerate": ("loading straight onto a GPU", "pip install accelerate"),
 }
 _TOOLS = {

@@ -46,14 +46,13 @@ def load(target: str, draft_models: Sequence[str], engine: Engine, *, compare: b
     model = load_model(target, dtype=engine.dtype, device=engine.device, progress=tell)
     tokenizer = load_tokenizer(target, progress=tell)
     for name in draft_models:
-        _check_tokenizers(tokenizer, name)
+        check_tokenizers(tokenizer, name)
     drafts = tuple(load_model(name, dtype=engine.dtype, device=engine.device, progress=tell) for name in draft_models)
-    how = {"accelerate": engine.accelerate, "cuda_graphs": engine.cuda_graphs, "in_place": not compare}
-    runtime = Runtime(model, drafts, **how)
+    runtime = Runtime(model, drafts, accelerate=engine.accelerate, cuda_graphs=engine.cuda_graphs, in_place=not compare)
     return Loaded(model, runtime, tokenizer, drafts)
 
 
-def _check_tokenizers(tokenizer: Any, draft_model: str) -> None:
+def check_tokenizers(tokenizer: Any, draft_model: str) -> None:
     """Refuse a draft model that means other tokens by the same ids; one without a tokenizer is taken at its word.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from specdec import __version__
-from specdec.cli import bench, doctor, export, figures, generate, models, report, train, tune
+from specdec.cli import bench, doctor, export, figures, generate, models, report, serve, train, tune
 from specdec.cli.groups import GroupedCommand
 from specdec.errors import SpecdecError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("generate", cls=GroupedCommand, epilog=generate.EXAMPLE)(generate.generate)
 app.command("bench", cls=GroupedCommand, epilog=bench.EXAMPLE)(bench.bench)
+app.command("serve", cls=GroupedCommand, epilog=serve.EXAMPLE)(serve.serve)
 app.command("tune", cls=GroupedCommand, epilog=tune.EXAMPLE)(tune.tune)
 app.command("report", epilog=report.EXAMPLE)(report.report)
 app.command("figures", epilog=figures.EXAMPLE)(figures.figures)

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdec.generation.batch import SpeculativeOutput
+    from specdec.generation.prefix_cache import PrefixCache
     from specdec.generation.wrapper import custom_generate, generate
     from specdec.hub.load import load_model, load_tokenizer
+    from specdec.serving.engine import Engine
+    from specdec.serving.request import RequestSettings
     from specdec.stats import Stats
     from specdec.tree import Draw, TokenTree
 
@@ -21,6 +24,9 @@ _HOMES = {
     "generate": "specdec.generation.wrapper",
     "custom_generate": "specdec.generation.wrapper",
     "SpeculativeOutput": "specdec.generation.batch",
+    "Engine": "specdec.serving.engine",
+    "PrefixCache": "specdec.generation.prefix_cache",
+    "RequestSettings": "specdec.serving.request",
     "Stats": "specdec.stats",
     "load_model": "specdec.hub.load",
     "load_tokenizer": "specdec.hub.load",
@@ -30,6 +36,9 @@ _HOMES = {
 
 __all__ = [
     "Draw",
+    "Engine",
+    "PrefixCache",
+    "RequestSettings",
     "SpeculativeOutput",
     "Stats",
     "TokenTree",

@@ -126,8 +126,9 @@ class Decoder:
         finished = [self._emit(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
         verified = self.clock()
         self.drafter.observe(rows, trees, verdicts, scores)
+        observed = self.clock()
         # A device may still be at work when ``score`` returns: only the verdict waits for it.
-        self.budget.learn(rows, trees, verdicts, drafted - started, verified - drafted)
+        self.budget.learn(rows, trees, verdicts, drafted - started + observed - verified, verified - drafted)
         seconds = (drafted - started + self.clock() - verified, scored - drafted, verified - scored)
         shares = [s / len(rows) for s in seconds]
         return [

@@ -25,15 +25,17 @@ SLOW = {
     "drafters/test_draft_range.py", "drafters/test_eagle.py", "drafters/test_shipped_drafters.py",
     "engine/test_last_position.py", "engine/test_model_changes.py", "engine/test_offloaded.py",
     "engine/test_wrapped.py",
+    "serving/test_drafts_on_shared_prefixes.py", "serving/test_engine_exactness.py", "serving/test_soak.py",
     "generation/test_caller_objects.py", "generation/test_endings.py",
     "project/test_notebooks.py",
+    "serve/test_load.py", "serve/test_real.py",
 }  # fmt: skip
 # ... and files of many cases, of which the first one of each test is not.
 SAMPLED = {
     "cli/test_cli_bad_input.py",
     "core/test_exactness.py", "core/test_growth_law.py",
     "drafters/test_eagle_exactness.py", "drafters/test_eagle_published.py",
-    "engine/test_zoo.py",
+    "engine/test_paged.py", "engine/test_zoo.py",
     "generation/test_wrapper.py", "generation/test_wrapper_inputs.py",
     "project/test_imports.py",
 }  # fmt: skip

@@ -9,12 +9,14 @@ ever left out.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from specdec.budget.calibration import Calibration, DepthRates, NodeRates
-from specdec.budget.costs import DraftCosts, PassCosts, PassTimer, mean_context
+from specdec.budget.costs import PassCosts, mean_context
+from specdec.budget.timing import DraftCosts, PassTimer
 from specdec.interfaces import Limit, Row, Verdict
 from specdec.tree import TokenTree, best_part
 
@@ -105,6 +107,8 @@ class AdaptiveBudget:
         margin: a larger tree must promise this much more than it costs.
         overhead: the share of plain decoding's time that may go into drafts that turn out useless.
         credit: what the account holds, in passes.
+        in_line: rows stand one behind the other in a pass, so that its columns count in all: each row gets as many
+            nodes as are worth their time; else all get as many as the widest.
     """
 
     max_nodes: int
@@ -113,6 +117,7 @@ class AdaptiveBudget:
     margin: float = 1.02
     overhead: float = 0.015
     credit: float = 1.0
+    in_line: bool = False
     lead: Lead = field(default_factory=Lead)
     _timer: PassTimer = field(init=False)
     _draft_costs: DraftCosts = field(init=False)
@@ -122,6 +127,7 @@ class AdaptiveBudget:
     _nodes_per_level: float = 1.0
     _share: float = 1.0  # of rows that get a draft
     _tokens: float = 2.0  # of a row in a step with a draft
+    _latest_tokens: float = 2.0  # in the latest few
     _num_drafts: int = 0
     _explored_at: int = 0  # the draft that was verified as it was
     _levels: int | None = None  # that were asked for in the latest step; 0: a step of rest
@@ -151,7 +157,8 @@ class AdaptiveBudget:
         if self._timer.wants_plain or not self._timer.knows_plain:
             return True
         late = 8 + 100 * (1 - 1 / self._tokens)
-        return self._since_plain + 1 >= max(min(1 << self._timer.num_plain(rows), late), 4 * (self._tokens - 1))
+        num_plain = self._timer.num_plain(rows)
+        return self._since_plain + 1 >= max(min(1 << num_plain, late), 4 * (self._tokens - 1))
 
     def _max_columns(self, rows: Sequence[Row]) -> int:
         """Columns grow by steps: a pass may cost as much as its columns."""
@@ -180,9 +187,15 @@ class AdaptiveBudget:
             (1 + self._share * expected[n]) / (curve[n] / curve[0] + self._draft_costs.cost(levels[n]))
             for n in range(1, most + 1)
         ]
-        best = 1 + max(range(most), key=rates.__getitem__)
+        outlays = [curve[n] / curve[0] + self._draft_costs.cost(levels[n]) - 1 for n in range(most + 1)]
+        afforded = [n for n in range(1, most + 1) if n == 1 or outlays[n] <= self.credit + _MAX_DEBT]
+        best = max(afforded, key=lambda n: rates[n - 1])
         if self._num_drafts % 16 == 15:
             best = min(best + 1 + best // 4, self.max_nodes)
+        if not self._can_cut and self._explores():
+            best = max(
+                n for n in afforded if best <= n <= 2 * best + 1 and outlays[n] <= outlays[best] + self.credit / 2
+            )
         level = max(1, math.ceil(best / self._nodes_per_level - 1e-9))
         return level, self.max_nodes if self._can_cut else best
 
@@ -197,10 +210,30 @@ class AdaptiveBudget:
         most = min(most, self._max_columns(rows))
         curve = self._timer.curve(rows, most)
         values = [self.calibration.values(tree) for tree in trees]
-        size = self._best_size(values, curve)
-        if self._explores() or (size == 0 and self._may_be_misled(values)):
-            size, self._explored_at = max(size, self._explored(curve)), self._num_drafts
-        return [best_part(tree, each, size) for tree, each in zip(trees, values, strict=True)]
+        sizes = self._sizes_in_line(values, curve) if self.in_line else [self._best_size(values, curve)] * len(trees)
+        if self._explores() or (not any(sizes) and self._may_be_misled(values)):
+            explored, self._explored_at = self._explored(curve), self._num_drafts
+            sizes = [max(size, explored) for size in sizes]
+        return [best_part(tree, each, size) for tree, each, size in zip(trees, values, sizes, strict=True)]
+
+    def _sizes_in_line(self, values: Sequence[Sequence[float]], curve: Sequence[float]) -> list[int]:
+        """The nodes of each row that bring more tokens than their time is worth, the best of all rows first."""
+        num_rows, most = len(values), len(curve) - 1
+        ranked = sorted(
+            ((value, row) for row, each in enumerate(values) for value in sorted(each[1:], reverse=True)[:most]),
+            key=lambda pair: -pair[0],
+        )
+        price = self.margin * self.lead.value * num_rows / curve[0]
+        tokens, best_count, best_gain = 0.0, 0, 0.0
+        for count, (value, _) in enumerate(ranked, 1):
+            tokens += value
+            below, part = divmod(count, num_rows)  # columns of all rows count together
+            seconds = curve[below] + (part / num_rows * (curve[below + 1] - curve[below]) if part else 0.0)
+            gain = tokens - price * (seconds - curve[0])
+            if gain > best_gain:
+                best_count, best_gain = count, gain
+        chosen = Counter(row for _, row in ranked[:best_count])
+        return [chosen[row] for row in range(num_rows)]
 
     def _best_size(self, values: Sequence[Sequence[float]], curve: Sequence[float]) -> int:
         """The nodes below the root that bring more tokens than their columns' time is worth."""
@@ -217,7 +250,7 @@ class AdaptiveBudget:
     def _explores(self) -> bool:
         """Whether a tree is verified as it is: estimates too low to be tried would never be found too low."""
         n = self._num_drafts
-        return n > 0 and (n % 64 == 0 or n & (n - 1) == 0)
+        return n > 0 and (n % (32 if self.credit >= _MAX_CREDIT else 64) == 0 or n & (n - 1) == 0)
 
     def _may_be_misled(self, values: Sequence[Sequence[float]]) -> bool:
         """Whether drafts that promise much are only kept from being verified by costs that may have been a bad spell."""
@@ -236,7 +269,7 @@ class AdaptiveBudget:
         draft_s: float,
         pass_s: float,
     ) -> None:
-        columns = max(len(tree) for tree in trees)
+        columns = self._num_columns(trees)
         is_first = any(row.num_steps <= 1 for row in rows)  # such a pass holds a prompt
         if not is_first:
             self._timer.add(rows, columns, pass_s)
@@ -258,6 +291,11 @@ class AdaptiveBudget:
             self._book(rows, 1 if is_first else columns, tokens, seconds)
         self._rested = self._rested + 1 if self._levels == 0 else 0
         self._begun = self._begun.intersection(rows) if self._levels == 0 else set(rows)
+
+    def _num_columns(self, trees: Sequence[TokenTree]) -> int:
+        """Columns of a row: of the widest, or on average where rows stand in one line."""
+        sizes = list(map(len, trees))
+        return math.ceil(sum(sizes) / len(sizes)) if self.in_line else max(sizes)
 
     def _book(self, rows: Sequence[Row], columns: int, tokens: float, seconds: float) -> None:
         """What this step gained or lost against plain decoding, at what it usually costs.
@@ -285,7 +323,9 @@ class AdaptiveBudget:
         weight = max(0.05, 1 / (self._num_drafts + 1))
         num_drafted = sum(len(tree) > 1 for tree in trees)
         self._share += weight * (num_drafted / len(trees) - self._share)
-        self._tokens += weight * (sum(len(verdict.tokens) for verdict in verdicts) / len(trees) - self._tokens)
+        tokens = sum(len(verdict.tokens) for verdict in verdicts) / len(trees)
+        self._tokens += weight * (tokens - self._tokens)
+        self._latest_tokens += (tokens - self._latest_tokens) / 2
         for tree, verdict in zip(trees, verdicts, strict=True):
             if len(tree) > 1:
                 depth = self._num_own_levels(tree)
@@ -300,12 +340,12 @@ class AdaptiveBudget:
         return min(depth, self._levels) if self._levels else depth
 
 
-def make_budget(max_nodes: int, adaptive: bool, costs: PassCosts | None = None) -> Budget:
-    """An AdaptiveBudget that starts from ``costs``, or a FixedBudget.
+def make_budget(max_nodes: int, adaptive: bool, costs: PassCosts | None = None, in_line: bool = False) -> Budget:
+    """An AdaptiveBudget that starts from ``costs``, or a FixedBudget; ``in_line`` as there.
 
     Raises:
         ValueError: ``max_nodes`` is negative.
     """
     if max_nodes < 0:
         raise ValueError(f"max_nodes must be 0 or more, got {max_nodes}")
-    return AdaptiveBudget(max_nodes, costs or PassCosts()) if adaptive else FixedBudget(max_nodes)
+    return AdaptiveBudget(max_nodes, costs or PassCosts(), in_line=in_line) if adaptive else FixedBudget(max_nodes)

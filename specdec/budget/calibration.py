@@ -136,13 +136,9 @@ class NodeRates:
         while len(self.trials) < num_nodes:
             self.hits.append(0.0)
             self.trials.append(0.0)
-        for i in accepted:
-            self.hits[i - 1] += 1
+        hits = set(accepted)
         for i in range(num_nodes):
-            self.trials[i] += 1
-            if self.trials[i] > 100:  # what is long past counts less
-                self.hits[i] /= 2
-                self.trials[i] /= 2
+            count_trial(self.hits, self.trials, i, i + 1 in hits, memory=100)
 
     def expected(self, guesses: Sequence[float]) -> list[float]:
         """[n]: accepted tokens of the first n nodes; ``guesses`` (one a node) stand in for nodes that were not tried."""

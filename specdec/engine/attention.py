@@ -73,12 +73,11 @@ def _each_row(
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             return _eager(q, k, v, mask, scaling, **kwargs).transpose(1, 2)
+
+        out = flat.attend_with(attend, query, key, value, flat.kind_of(marker))
     else:
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return grouped_attention(q, k, v, mask, scaling)
-
-    return flat.attend_with(attend, query, key, value, flat.kind_of(marker)).transpose(1, 2).contiguous()
+        out = flat.attend_plainly(query, key, value, flat.kind_of(marker), scaling)
+    return out.transpose(1, 2).contiguous()
 
 
 def _tree_attention(

@@ -148,6 +148,11 @@ class CausalLM:
         return PagedRows(self.tables, num_layers, must_follow=True)
 
     @property
+    def in_line(self) -> bool:
+        """Whether rows stand one behind the other in a pass, so that it has no padding."""
+        return isinstance(self._rows, PagedRows) and self._rows.is_flat
+
+    @property
     def chain_only(self) -> bool:
         """Whether only chains can be verified (see ``support.reason``)."""
         return not self.support.can_tree

@@ -22,6 +22,7 @@ from specdec.engine.grouped_attention import grouped_attention
 from specdec.engine.hidden_states import HiddenStates
 from specdec.engine.masks import FULL, MaskStyle
 from specdec.engine.passes import RowPass
+from specdec.engine.shared_prefix import SharedAttention, can_share, find_sharing
 from specdec.interfaces import Scores
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # (1, h, T, D), (1, G, W, D) twice, (1, 1, T, W)
@@ -76,10 +77,8 @@ class FlatRow:
             first = int(visible.any(0).argmax())
             visible = visible[:, first:]
         slots = self.slots[first:]
-        is_stretch = int(slots[-1] - slots[0]) == len(slots) - 1 and bool((np.diff(slots) == 1).all())
-        places = slice(int(slots[0]), int(slots[-1]) + 1) if is_stretch else torch.from_numpy(slots).to(self.device)
         mask = None if visible.all() else torch.from_numpy(visible).to(self.device)[None, None]
-        return Seen(places, mask)
+        return Seen(as_stretch(slots, self.device), mask)
 
 
 @dataclass(eq=False)
@@ -92,6 +91,7 @@ class FlatPass:
     _style: MaskStyle | None = None
     _markers: dict[str, Tensor] = field(default_factory=dict)
     _seen: dict[str, list[Seen]] = field(default_factory=dict)
+    _stretches: dict[tuple[int, int, int], slice | Tensor] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[FlatRow]:
@@ -152,17 +152,60 @@ class FlatPass:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(1, h, N, D): attention of a network of ours over whole buffers ``key`` and ``value`` (1, G, S, D)."""
-        return self.attend_with(grouped_attention, query, key, value, FULL)
+        return self.attend_plainly(query, key, value, FULL, None)
+
+    def attend_plainly(self, query: Tensor, key: Tensor, value: Tensor, kind: str, scaling: float | None) -> Tensor:
+        """``attend_with`` of a softmax and nothing else; what rows share is read once."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return grouped_attention(q, k, v, mask, scaling)
+
+        if kind != FULL or not self._sharing or not can_share(query):
+            return self.attend_with(attend, query, key, value, kind)
+        parts: dict[int, Tensor] = {}
+        for group in self._sharing:
+            rows, length = group.sharing.rows, group.sharing.length
+            shared = self.rows[rows[0]].slots[:length]
+            own = [self.rows[row].slots[length:] for row in rows]
+            picked = [(_picked(key, slots), _picked(value, slots)) for slots in map(self._stretch, [shared, *own])]
+            parts.update(zip(rows, group(query, picked[0], picked[1:], scaling), strict=True))
+        for i, (row, seen) in enumerate(zip(self.rows, self._seen_by_rows(kind), strict=True)):
+            if i not in parts:
+                own_keys, own_values = _picked(key, seen.slots), _picked(value, seen.slots)
+                parts[i] = attend(query[:, :, row.columns], own_keys, own_values, seen.mask)
+        return torch.cat([parts[i] for i in range(len(parts))], 2)
 
     def attend_with(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, kind: str) -> Tensor:
         """(1, h, N, D): each row's ``query`` (1, h, T, D) over what it sees of whole buffers (1, G, S, D)."""
-        if kind not in self._seen:
-            self._seen[kind] = [row.seen(kind, self._style) for row in self.rows]
         parts = [
             attend(query[:, :, row.columns], _picked(key, seen.slots), _picked(value, seen.slots), seen.mask)
-            for row, seen in zip(self.rows, self._seen[kind], strict=True)
+            for row, seen in zip(self.rows, self._seen_by_rows(kind), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _seen_by_rows(self, kind: str) -> list[Seen]:
+        if kind not in self._seen:
+            self._seen[kind] = [row.seen(kind, self._style) for row in self.rows]
+        return self._seen[kind]
+
+    @cached_property
+    def _sharing(self) -> list[SharedAttention]:
+        """The groups of rows that begin with the same slots."""
+        kept = [row_pass.cache_row.length for row_pass in self.row_passes]
+        seen = self._seen_by_rows(FULL)
+        return [
+            SharedAttention(
+                sharing, [self.rows[row].columns for row in sharing.rows], [seen[row].mask for row in sharing.rows]
+            )
+            for sharing in find_sharing(self.slots, kept)
+        ]
+
+    def _stretch(self, slots: NDArray[np.int64]) -> slice | Tensor:
+        """``slots`` as a slice where they lie side by side."""
+        key = int(slots[0]), int(slots[-1]), len(slots)
+        if key not in self._stretches:
+            self._stretches[key] = as_stretch(slots, self.device)
+        return self._stretches[key]
 
     @cached_property
     def _node_columns(self) -> list[slice]:
@@ -193,6 +236,12 @@ class FlatPass:
     def at_nodes(self, states: Tensor) -> list[Tensor]:
         """Of ``states`` (1, N, H) each row's (n, H) at its new nodes."""
         return [states[0, each] for each in self._node_columns]
+
+
+def as_stretch(slots: NDArray[np.int64], device: torch.device) -> slice | Tensor:
+    """``slots`` of the pool as a slice where they lie side by side, else as an index."""
+    is_stretch = int(slots[-1] - slots[0]) == len(slots) - 1 and bool((np.diff(slots) == 1).all())
+    return slice(int(slots[0]), int(slots[-1]) + 1) if is_stretch else torch.from_numpy(slots).to(device)
 
 
 def running_pass() -> FlatPass | None:

@@ -23,7 +23,7 @@ class PagedSlots:
     write: Tensor | None = None  # (B T,) where each column's keys go; None: a stretch from ``first`` on
     first: int = 0
     read: Tensor | None = None  # (B, W) what each row sees; None: attention finds its slots in the whole buffer
-    num_seen: int = 0  # W of the longest row
+    start: int = 0  # slots in use before the pass: the longest row's
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -64,10 +64,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return buffer[None] if now.read is None else buffer[:, now.read].transpose(0, 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.current.num_seen, 0
+        return self.current.start + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.current.num_seen
+        return self.current.start
 
     def get_max_length(self) -> int:
         return -1
@@ -82,11 +82,11 @@ class PagedCache:
         self.layers = [PagedLayer(self.current, num_slots) for _ in range(num_layers)]
         self.past_key_values = Cache(layers=list(self.layers))
 
-    def begin_pass(self, write: Tensor, read: Tensor | None, num_seen: int) -> None:
+    def begin_pass(self, write: Tensor, read: Tensor | None, start: int) -> None:
         """The next pass writes to the slots ``write`` (B T,) and reads ``read`` (B, W), or whatever attention picks."""
         now, first = self.current, int(write[0])
         is_stretch = bool((write[1:] - write[:-1] == 1).all())
-        now.write, now.first, now.read, now.num_seen = None if is_stretch else write, first, read, num_seen
+        now.write, now.first, now.read, now.start = None if is_stretch else write, first, read, start
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy slots in every layer, as if all at once."""

@@ -49,7 +49,7 @@ class PagedRows:
         is_flat: bool = True,
     ) -> None:
         self.tables, self.must_follow = tables, must_follow
-        self._is_owner, self._is_flat, self._offset = is_owner, is_flat, int(must_follow)
+        self.is_flat, self._is_owner, self._offset = is_flat, is_owner, int(must_follow)
         self.cache = PagedCache(num_layers, tables.pool.num_blocks * tables.pool.block_size)
         self._cache_rows: dict[Row, PagedRow] = {}
         tables.add_store(self)
@@ -111,9 +111,9 @@ class PagedRows:
         """
         ends = [row_pass.start + len(row_pass.new_tokens) for row_pass in row_passes]
         slots = [self._slots(row_pass.cache_row, end) for row_pass, end in zip(row_passes, ends, strict=True)]
-        if self._is_flat:
+        if self.is_flat:
             flat = FlatPass(row_passes, slots, device)
-            self.cache.begin_pass(flat.written, None, max(ends))
+            self.cache.begin_pass(flat.written, None, max(row_pass.start for row_pass in row_passes))
             return flat
         layout = PaddedPass(row_passes, device)
         write = np.full((len(slots), layout.num_columns), self.cache.num_slots)  # where padding goes
@@ -121,7 +121,7 @@ class PagedRows:
         for line, places, row_pass in zip(write, slots, row_passes, strict=True):
             line[layout.num_columns - len(row_pass.new_tokens) :] = places[row_pass.start :]
         write_slots, read_slots = (torch.from_numpy(each).to(device) for each in (write.ravel(), read))
-        self.cache.begin_pass(write_slots, read_slots, layout.width)
+        self.cache.begin_pass(write_slots, read_slots, layout.start)
         return layout
 
     def keep(self, kept: Sequence[tuple[CacheRow, list[int]]]) -> None:

@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 
+from specdec.budget.adaptive import make_budget
 from specdec.checks import whole_number
 from specdec.decode import Decoder
+from specdec.engine.kv_memory import make_tables
 from specdec.interfaces import Drafter, Row, Verifier
 from specdec.runtime import Runtime, as_verifier
 from specdec.serving.handle import Handle
 from specdec.serving.job import Job
-from specdec.serving.memory import make_tables
 from specdec.serving.pass_record import PassRecord
 from specdec.serving.per_request import EachForItself, PerRequest, RequestDrafter, RequestRng, RequestTransform
 from specdec.serving.request import Completion, Delta, FinishReason, RequestSettings
-from specdec.serving.scheduler import Scheduler
+from specdec.serving.scheduler import Scheduler, UsualPasses
 from specdec.serving.text import TextStream
 from specdec.settings import DEFAULTS, Settings
 
@@ -39,7 +40,7 @@ class EngineMetrics:
 
     running: int = 0
     waiting: int = 0
-    kv_blocks_used: int = 0
+    kv_blocks_used: int = 0  # by requests; what is kept of ended ones is free for whoever needs it
     kv_blocks_total: int = 0
     kv_utilisation: float = 1.0  # tokens held / slots of the blocks that hold them
     prompt_tokens: int = 0
@@ -106,7 +107,9 @@ class Engine:
         tables = make_tables([model, *draft_models], kv_memory, block_size, prefix_sharing)
         runtime = Runtime(model, draft_models, accelerate=accelerate, tables=tables)
         settings = Settings(verifier=verifier, max_nodes=max_nodes, adaptive=adaptive, drafter=drafter)
-        self.drafter = runtime.drafter(runtime.plan(settings, max_rows).drafter, as_verifier(verifier))
+        plan = runtime.plan(settings, max_rows)
+        self.drafter = runtime.drafter(plan.drafter, as_verifier(verifier))
+        budget = UsualPasses(make_budget(plan.max_nodes, plan.adaptive, plan.costs, runtime.target.in_line))
         self._requests = PerRequest()
         rng = RequestRng(self._requests)
         self._target = runtime.target
@@ -115,13 +118,15 @@ class Engine:
             RequestTransform(self._requests),
             self._requests.stop,
             drafter=RequestDrafter(self.drafter, self._requests),
+            budget=budget,
             rng=rng,
             decide=lambda verifier, _: EachForItself(verifier, rng),
             num_rows=max_rows,
         )
         self._scheduler = Scheduler(
-            decoder, runtime.target, tables, self._requests, max_rows, max_nodes, token_budget, on_pass
+            decoder, runtime.target, tables, self._requests, max_rows, plan.max_nodes, token_budget, on_pass
         )
+        budget.is_usual = lambda: not self._scheduler.has_prompts
         self._default_stops = _end_tokens(model)
         self._keys = count()
         self._inbox: deque[Job] = deque()
@@ -141,6 +146,13 @@ class Engine:
     def vocab_size(self) -> int:
         """Token ids are in [0, vocab_size)."""
         return self._target.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of one request, prompt included: the cache, or the model's positions if these are fewer."""
+        pool = self._scheduler.tables.pool
+        slots = pool.num_blocks * pool.block_size - 1
+        return slots if self.context_length is None else min(slots, self.context_length)
 
     def submit(
         self, prompt: str | Sequence[int], settings: RequestSettings | None = None, *, request_id: str | None = None
@@ -303,7 +315,7 @@ class Engine:
         return EngineMetrics(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._inbox),
-            kv_blocks_used=tables.pool.num_held,
+            kv_blocks_used=len(self._blocks_in_use()),
             kv_blocks_total=tables.pool.num_blocks,
             kv_utilisation=self._utilisation(),
             passes=self._target.num_passes,
@@ -312,10 +324,14 @@ class Engine:
             **self._counts,
         )
 
+    def _blocks_in_use(self) -> set[int]:
+        """Those of running rows."""
+        return {block for job in self._scheduler.running for block in self._scheduler.tables[job.row].blocks}
+
     def _utilisation(self) -> float:
         """Tokens that running rows hold / slots of their blocks, each block counted once."""
         tables, rows = self._scheduler.tables, [job.row for job in self._scheduler.running]
-        blocks = {block for row in rows for block in tables[row].blocks}
+        blocks = self._blocks_in_use()
         if not blocks:
             return 1.0
         size = tables.pool.block_size

@@ -8,17 +8,21 @@ hangs on positions alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+from specdec.budget.adaptive import Budget
 from specdec.decode import Decoder, Emission
 from specdec.engine.causal_lm import CausalLM
 from specdec.errors import OutOfBlocksError
+from specdec.interfaces import Limit, Row, Verdict
 from specdec.paging.tables import BlockTables
 from specdec.serving.job import Job
 from specdec.serving.pass_record import PassRecord, record_pass
 from specdec.serving.per_request import PerRequest, RowFailedError
+from specdec.tree import TokenTree
 
 
 @dataclass(slots=True)
@@ -27,6 +31,31 @@ class Outcome:
 
     emissions: list[tuple[Job, Emission]] = field(default_factory=list)
     failures: list[tuple[Job, BaseException]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class UsualPasses(Budget):
+    """Lets ``budget`` learn from passes without prompt tokens alone: the others take longer for other reasons."""
+
+    budget: Budget
+    is_usual: Callable[[], bool] = lambda: True
+
+    def limits(self, rows: Sequence[Row], chain_only: bool) -> list[Limit]:
+        return self.budget.limits(rows, chain_only)
+
+    def cut(self, rows: Sequence[Row], trees: Sequence[TokenTree]) -> list[TokenTree]:
+        return self.budget.cut(rows, trees)
+
+    def learn(
+        self,
+        rows: Sequence[Row],
+        trees: Sequence[TokenTree],
+        verdicts: Sequence[Verdict],
+        draft_s: float,
+        pass_s: float,
+    ) -> None:
+        if self.is_usual():
+            self.budget.learn(rows, trees, verdicts, draft_s, pass_s)
 
 
 @dataclass(slots=True)
@@ -52,7 +81,8 @@ class Scheduler:
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)  # in the order in which they were let in
     num_preemptions: int = 0
-    has_chunks: bool = False  # whether the pass that runs holds prompt tokens beside trees
+    has_chunks: bool = False  # whether the pass that runs holds pieces of prompts beside trees
+    has_prompts: bool = False  # whether it holds any prompt token
     num_told: int = 0  # blocks of the tree of prefixes when ``on_pass`` last got it
     margin: int = 0  # slots behind a row's tokens for the nodes of one step; grows if a draft model needs more
 
@@ -141,6 +171,7 @@ class Scheduler:
         self.running.append(job)
         if not job.has_run:
             job.has_run = True
+            job.completion.queued_s = time.perf_counter() - job.submitted_at
             job.completion.num_cached = self.target.num_kept(job.row)
         for other in self.waiting:
             other.num_passed += other.row.key < job.row.key
@@ -187,6 +218,7 @@ class Scheduler:
             for job, count in chunks:
                 self.target.queue_prefill(job.row, count)
             self.has_chunks = bool(chunks)
+            self.has_prompts = self.has_chunks or any(map(self._is_prompt_in_work, decoding))
             return decoding
 
     def _split(self) -> tuple[list[Job], list[tuple[Job, int]]]:

@@ -45,6 +45,12 @@ def test_a_machine_that_is_slow_for_a_while_costs_little(first: int, count: int)
     assert share_of_best(scenario, scenario.adaptive()) >= 0.78
 
 
+def test_what_a_drafter_observes_is_booked_as_drafting() -> None:
+    """Only ``propose`` was: a drafter that is right now and then, but takes a pass to look at the verdict, kept going."""
+    slow = Scenario(Drafts(rate=0.3, observe_s=1.0))
+    assert slow.plain() / slow.adaptive().work >= 0.97
+
+
 @pytest.mark.parametrize("seconds", [3.0, 20.0, 100.0])
 def test_a_size_whose_first_pass_is_slow_is_tried_again(seconds: float) -> None:
     """Captured graphs and compiled kernels: such a size was never taken again, for all later texts too."""
@@ -105,14 +111,16 @@ def test_trees_that_must_not_be_cut_are_kept_small_where_columns_are_dear(kind: 
 
 
 def test_mixtures_of_all_of_it_come_near_the_best_size() -> None:
-    """Twenty workloads at random. Not all of them reach 0.93 and 0.97: what is not known must be tried, which costs."""
+    """Twenty workloads at random. Others do worse: what is not known must be tried, and a machine that is slow in the
+    first passes or gets slower all along hides what a draft costs.
+    """
     best, plain = [], []
     for seed in range(20):
         scenario = mixture(seed)
         fixed, run = scenario.fixed(), scenario.adaptive()
         best.append(min(fixed.values()) / run.work)
         plain.append(fixed[0] / run.work)
-    assert mean(best) >= 0.95
-    assert mean(share >= 0.9 for share in best) >= 0.8
-    assert mean(share >= 0.96 for share in plain) >= 0.8
-    assert min(plain) >= 0.88
+    assert mean(best) >= 1.0
+    assert min(best) >= 0.91
+    assert mean(share >= 0.93 for share in best) >= 0.95
+    assert min(plain) >= 0.97

@@ -152,7 +152,7 @@ def test_seconds_of_a_pass_are_shared_by_its_rows() -> None:
     for emission in decoder.run(make_rows(4, 4)):
         step = emission.step
         shares = (step.draft_s, step.score_s, step.verify_s)
-        assert [share * step.num_rows for share in shares] == [2, 1, 1]  # observing counts as drafting
+        assert [share * step.num_rows for share in shares] == [3, 1, 1]  # observing and learning count as drafting
 
 
 @dataclass(frozen=True, slots=True)

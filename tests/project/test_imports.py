@@ -35,10 +35,11 @@ ROOMS: dict[str, str] = {
     "verifiers": "core",
     "drafters": "core records hub engine cpu",
     "runtime": "core records paging engine cpu cuda drafters verifiers kernels",
-    "generation": "core engine drafters verifiers runtime",
+    "generation": "core paging engine drafters verifiers runtime",
     "serving": "core engine paging runtime",
+    "serve": "core serving",
     "tune": "core records engine drafters verifiers runtime",
-    "cli": "core records hub engine cpu cuda kernels drafters verifiers runtime generation serving tune analysis",
+    "cli": "core records hub engine cpu cuda kernels drafters verifiers runtime generation serving serve tune analysis",
     "analysis": "core records",
 }
 # Files in specdec/ that put the rooms below together, and what is for everybody to import from the package itself.
@@ -129,6 +130,13 @@ def test_the_rules_catch_a_forbidden_import(tmp_path: Path) -> None:
     assert room_of("specdec.drafters.ngram") not in ROOMS["core"].split()
 
 
+def test_every_package_is_shipped() -> None:
+    """A folder that the list in pyproject.toml lacks is there in a checkout and missing in an installation."""
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {module for module, path in modules() if path.name == "__init__.py"}
+    assert found == listed
+
+
 def test_our_kernels_folder_is_not_the_top_level_package_kernels() -> None:
     """transformers imports a package named kernels if it finds one: with the root on sys.path it would be ours."""
     spec = importlib.util.find_spec("kernels")
@@ -206,5 +214,9 @@ def test_whatever_is_imported_is_declared_and_what_make_installs_is_pinned() -> 
     assert not undeclared, f"not in pyproject.toml: {sorted(undeclared)}"
 
     pinned = {re.split("==", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    installed = [names[text] for text in (*project["dependencies"], *extras["dev"])]
+    own = f"{project['name']}["  # an extra that another one includes
+    included = [text.removeprefix(own).removesuffix("]") for text in extras["dev"] if text.startswith(own)]
+    assert included == ["serve"]
+    groups = (project["dependencies"], extras["dev"], *(extras[name] for name in included))
+    installed = [names[text] for group in groups for text in group if not text.startswith(own)]
     assert not [name for name in installed if name.lower() not in pinned]

@@ -39,3 +39,16 @@ def test_the_commands_have_every_option_with_its_meaning(command: str) -> None:
     assert set(OPTIONS) <= set(options)
     described = [name for name in OPTIONS if meaning(name) in (options[name].help or "")]
     assert set(OPTIONS) - set(described) == {"drafter"}  # whose help depends on how many the command takes
+
+
+def test_the_server_has_every_option_that_is_not_a_requests() -> None:
+    """Seeds come with the requests, and the engine behind the server does not replay passes."""
+    group: Any = typer.main.get_command(app)
+    parameters = group.commands["serve"].params
+    options = {name.removeprefix("--").replace("-", "_"): option for option in parameters for name in option.opts}
+    shared = set(OPTIONS) - {"seed", "cuda_graphs"}
+    assert shared <= set(options)
+    assert [name for name in shared - {"drafter"} if meaning(name) not in (options[name].help or "")] == []
+    assert {name: options[name].default for name in shared - {"accelerate"}} == {
+        name: OPTIONS[name] for name in shared - {"accelerate"}
+    }

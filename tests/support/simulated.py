@@ -68,6 +68,7 @@ class Drafts:
         width: candidates of a level; the first is the right one if the token is known.
         level_s, base_s: seconds of a level and of a draft, in plain passes of one short row.
         prompt_s: seconds for each token that it has not processed yet, as with a draft model.
+        observe_s: seconds, in plain passes of one short row, of looking at what became of a draft.
         rates: (share of the text, rate) from which on another rate holds.
     """
 
@@ -80,6 +81,7 @@ class Drafts:
     level_s: float = 0.0
     base_s: float = 0.002
     prompt_s: float = 0.0
+    observe_s: float = 0.0
     believed_bad: float = 0.05
     rates: tuple[tuple[float, float], ...] = ()
 
@@ -300,7 +302,9 @@ class SimulatedDrafter:
 
     def observe(
         self, rows: Sequence[Row], trees: Sequence[TokenTree], verdicts: Sequence[Verdict], scores: Sequence[Scores]
-    ) -> None: ...
+    ) -> None:
+        if self.drafts.observe_s and self.drafted[-1]:
+            self.world.spend(self.drafts.observe_s * self.world.machine(len(rows), 1, 0.0))
 
     def end(self, rows: Sequence[Row]) -> None:
         for row in rows:
