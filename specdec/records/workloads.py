@@ -18,7 +18,7 @@ from specdec.records.prompts import BUILTIN, load_prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORM = "ragged|prefix|chat|samples|poisson:RATE[,n=N,seed=N]|FILE"
+FORM = "ragged|prefix|chat|samples[:n=N,...]|poisson:RATE[,n=N,...]|FILE"
 _DEFAULT_N = {"ragged": 32, "prefix": 32, "chat": 8, "samples": 8, "poisson": 32}
 _SAMPLES_TEMPERATURE = 0.8  # greedy samples would all be one text
 _NUM_DOCUMENTS = (0, 0, 0, 0, 1, 1, 2, 6)  # behind a ragged question: half have none, one in eight is very long

@@ -124,6 +124,16 @@ def test_samples_match_ours_and_are_not_compared_with_others_noise(bench):
     assert summary["rows"][2]["match"]["compared_with"] is None
 
 
+def test_requests_are_served_when_they_arrive(bench):
+    summary = bench("poisson:20,n=4", engines=["paged", "ragged", "hf", "hf-batch"], max_rows=[2])
+    arrivals = [[each["arrival_s"] for each in row["requests"]] for row in summary["rows"]]
+    assert arrivals[0] == sorted(arrivals[0])
+    for row, times in zip(summary["rows"], arrivals, strict=True):
+        assert times == pytest.approx(arrivals[0], abs=1e-9), "the same ones for all engines"
+        assert all(each["first_s"] > each["arrival_s"] > 0 for each in row["requests"])
+        assert row["match"]["identical"] == 4
+
+
 def test_a_small_cache_preempts_and_changes_nothing(bench):
     one = 16 * 2 * 2 * 2 * 8 * 4  # bytes of a block: two layers, keys and values, two heads of 8, float32
     summary = bench(
