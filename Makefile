@@ -37,6 +37,11 @@ view:
 bench: model
 	$(BIN)/specdec bench --output benchmarks/cpu-float32.json
 
+# About an hour on a machine that does nothing else.
+.PHONY: workloads
+workloads: model
+	$(BIN)/python benchmarks/workloads.py
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

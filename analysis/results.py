@@ -1,4 +1,4 @@
-"""JSON results of ``specdec bench --output`` and ``specdec tune --output``, checked and as they are."""
+"""JSON results of ``specdec bench --output``, with or without a workload, and ``specdec tune --output``."""
 
 from __future__ import annotations
 
@@ -42,16 +42,33 @@ class Tune:
     entries: Mapping[int, Mapping[str, Any]]  # by batch size
 
 
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A result of ``specdec bench --workload``; the keys of a row are those of docs/workloads.md."""
+
+    path: str
+    provenance: Mapping[str, Any]
+    name: str
+    num_requests: int
+    rows: tuple[Mapping[str, Any], ...]
+    is_partial: bool
+
+    @property
+    def paged(self) -> tuple[Mapping[str, Any], ...]:
+        """The rows of our own engine for many requests, which tell of each pass."""
+        return tuple(row for row in self.rows if row["kv"] is not None)
+
+
 def row_name(row: Mapping[str, Any]) -> str:
     """What a row is called: the drafter with its options, or the method."""
     return str(row["drafter"] or row["method"])
 
 
-def load_result(path: str | Path) -> Bench | Tune:
-    """Read a result of either command.
+def load_result(path: str | Path) -> Bench | Tune | Workload:
+    """Read a result of any command.
 
     Raises:
-        ValueError: it is neither, of another schema, or damaged.
+        ValueError: it is none, of another schema, or damaged.
         OSError: it cannot be read.
     """
     name = str(path)
@@ -67,6 +84,8 @@ def load_result(path: str | Path) -> Bench | Tune:
         raise ValueError(f"{name} has schema {content.get('schema')!r}, this version reads {SCHEMA}")
     try:
         where = dict(content["provenance"])
+        if content.get("kind") == "workload":
+            return _workload(name, where, content)
         if "rows" in content:
             for row in content["rows"]:
                 _check_row(row)
@@ -75,6 +94,19 @@ def load_result(path: str | Path) -> Bench | Tune:
         return Tune(name, where, str(content["target"]), entries)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{name} is damaged ({type(error).__name__}: {error})") from None
+
+
+def _workload(name: str, where: Mapping[str, Any], content: Mapping[str, Any]) -> Workload:
+    about, rows = content["workload"], tuple(content["rows"])
+    for row in rows:
+        for key in ("engine", "drafter", "inter_token_s", "lossless", "match", "requests"):
+            row[key]
+        for key in ("max_rows", "tokens_per_s"):
+            float(row[key])
+        float(row["first_token_s"]["p50"])
+        if row["kv"] is not None:
+            row["kv"]["passes"]["time_s"], row["kv"]["snapshot"]["rows"], int(row["kv"]["block_size"])
+    return Workload(name, where, str(about["name"]), int(about["num_requests"]), rows, bool(content["partial"]))
 
 
 def _check_row(row: Mapping[str, Any]) -> None:

@@ -24,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 TABLE = re.compile(r"<!-- table:start (?P<file>\S+\.json)(?P<rows>[^\n]*?) -->\n.*?<!-- table:end -->", re.DOTALL)
+WORKLOAD_HEAD = (
+    "engine", "rows", "tokens/s", "first token, s (p50, p99)", "between tokens, ms (p50, p90, p99)", "tokens per pass",
+    "prompt tokens known", "cache in use", "same text",
+)  # fmt: skip
 HEAD = ("method", "tokens/s", "over generate()", "over plain", "tokens per pass", "same text")
 
 
@@ -38,6 +42,8 @@ def render(result: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     provenance = result["provenance"]
     if result.get("partial") or provenance.get("partial"):
         raise ValueError("the result is of an interrupted run: run the bench to its end")
+    if result.get("kind") == "workload":
+        return _render_workload(result, names)
     rows = {row.get("drafter") or row["method"]: row for row in result["rows"]}
     rows = {row["method"] if row["method"] == "plain" else name: row for name, row in rows.items()}
     missing = [name for name in names if name not in rows]
@@ -47,6 +53,34 @@ def render(result: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     lines += [_line(_cells(rows[name])) for name in names or rows]
     num_prompts = max((row.get("num_prompts") or 0 for row in result["rows"]), default=0)
     return "\n".join([*lines, "", *_conditions(provenance, num_prompts)])
+
+
+def _render_workload(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The same for a result of ``specdec bench --workload``; a row's name is its engine, for all drafters and rows."""
+    known = {row["engine"] for row in result["rows"]}
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"the result has no engine {', '.join(missing)}; it has {', '.join(sorted(known))}")
+    shown = [row for row in result["rows"] if not names or row["engine"] in names]
+    lines = [_line(WORKLOAD_HEAD), _line(["---", *["---:"] * (len(WORKLOAD_HEAD) - 1)])]
+    lines += [_line(_workload_cells(row)) for row in shown]
+    return "\n".join([*lines, "", *_conditions(result["provenance"], int(result["workload"]["num_requests"]))])
+
+
+def _workload_cells(row: Mapping[str, Any]) -> list[str]:
+    first, gaps, kv = row["first_token_s"], row["inter_token_s"], row["kv"]
+    drafter = row["drafter"] if row["drafter"] not in (None, "none") else ""
+    hits, accepted = row["prefix_hit_rate"], row["acceptance"]
+    return [
+        f"{row['engine']} + {drafter}" if drafter else row["engine"],
+        str(row["max_rows"]),
+        f"{row['tokens_per_s']:.1f}",
+        f"{first['p50']:.2f}, {first['p99']:.2f}",
+        "-" if gaps is None else ", ".join(f"{1000 * gaps[name]:.0f}" for name in ("p50", "p90", "p99")),
+        "-" if accepted is None else f"{accepted['mean_acceptance_length']:.2f}",
+        "-" if hits is None else f"{hits:.0%}",
+        "-" if kv is None else f"{kv['utilisation']:.1%}",
+        _match({**row["match"], "compared_with": None}),
+    ]
 
 
 def fill(text: str) -> str:

@@ -30,12 +30,17 @@ def bench(
     In one process, prompt by prompt in turn: generate(), its prompt lookup (and assisted generation, with a draft
     model), our own loop without drafts, and each drafter. Status 1 if tokens differ for another reason than rounding.
     All decode from the model's own distribution: of its saved generation_config.json only the ends of a text hold.
+    With --workload, engines serve many requests, and throughput, waiting times and use of the cache are measured.
     """
     if config.trace_probs and config.trace is None:
         raise ValueError("--trace-probs writes to the trace: add --trace FILE.jsonl")
     output, trace = (path.expanduser() if path else None for path in (output, config.trace))
-    _check_paths(config.prompts, output, trace)
+    spec = None if config.serving.workload is None else config.serving.spec
+    _check_paths(config.prompts if spec is None or not spec.is_file else spec.name, output, trace)
     config = replace(config, trace=trace)
+    if config.serving.workload is not None:
+        _run_workload(config, output)
+        return
     tuned = options.read_config(config.config)
     if tuned is not None:
         entry = tuned.nearest(config.batch_size)
@@ -61,6 +66,26 @@ def _run(config: BenchConfig, output: Path | None) -> None:
     if results.is_partial:
         raise typer.Exit(130)
     if any(row["match"]["unexplained"] for row in summary["rows"]):
+        raise typer.Exit(1)
+
+
+def _run_workload(config: BenchConfig, output: Path | None) -> None:
+    """The same for a workload of many requests."""
+    from specdec.cli.progress import progress
+    from specdec.cli.workload import run_workload
+    from specdec.cli.workload_summary import summarise_workload, unexplained
+    from specdec.cli.workload_table import print_workload
+    from specdec.records.files import write_json
+
+    with progress() as tell:
+        results = run_workload(config, command=["specdec", *sys.argv[1:]], tell=tell)
+    summary = summarise_workload(results)
+    if output is not None:
+        write_json(output, summary)
+    print_workload(summary)
+    if results.is_partial:
+        raise typer.Exit(130)
+    if unexplained(summary):
         raise typer.Exit(1)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from specdec.cli import options
+from specdec.cli.workload_options import WorkloadOptions
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.records.prompts import BUILTIN
 from specdec.settings import DEFAULTS
@@ -57,6 +58,7 @@ class BenchConfig(options.Speculation, options.Engine):
     trace_probs: Annotated[
         bool, typer.Option("--trace-probs", help="With --trace: probabilities and entropies of every step too.")
     ] = False
+    serving: WorkloadOptions = field(default_factory=WorkloadOptions)
 
     def __post_init__(self) -> None:
         from specdec.cli.synthetic import parse_acceptance
@@ -79,6 +81,21 @@ class BenchConfig(options.Speculation, options.Engine):
             if self.grammar is not None:
                 raise ValueError("a synthetic acceptance has no text that a grammar could be about: choose one of them")
             parse_acceptance(self.synthetic_acceptance)
+
+        self._check_workload()
+
+    def _check_workload(self) -> None:
+        """A workload brings its own prompts; what compares drafters on prompts does not go with it."""
+        if self.serving.workload is None:
+            return
+        given = {
+            "--prompts": self.prompts != BUILTIN, "--limit": self.limit is not None,
+            "--batch-size": self.batch_size != 1, "--config": self.config is not None,
+            "--synthetic-acceptance": self.synthetic_acceptance is not None, "--trace-probs": self.trace_probs,
+            "--cuda-graphs": self.cuda_graphs,
+        }  # fmt: skip
+        if wrong := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(f"{wrong[0]} does not go with --workload; leave one of them out")
 
     @property
     def drafter_specs(self) -> list[str]:

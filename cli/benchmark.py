@@ -157,6 +157,7 @@ def _provenance(config: BenchConfig, loaded: Loaded, command: Sequence[str], num
     models = all_model_facts(config.target, drafter_models)
     settings = {**asdict(config), "drafters": config.drafter_specs, "drafter_models": drafter_models}
     settings |= {"num_prompts": num_prompts}
+    del settings["serving"]
     settings |= {"context_limit": loaded.target.context_length, "trees": not loaded.target.chain_only}
     return collect(command, dtype=loaded.dtype, device=str(loaded.model.device), models=models, settings=settings)
 

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from specdec.analysis.columns import Trace
-    from specdec.analysis.results import Bench, Tune
+    from specdec.analysis.results import Bench, Tune, Workload
 
 EXAMPLE = "Example: specdec figures --trace bench.jsonl --bench bench.json --out figures"
 
@@ -22,6 +22,10 @@ def figures(
     ] = None,
     bench: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Of specdec bench --output.")] = None,
     tuned: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Of specdec tune --output.")] = None,
+    workload: Annotated[
+        list[Path] | None,
+        typer.Option("--workload", metavar="FILE.json", help="Of specdec bench --workload --output; repeatable."),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")] = Path("figures"),
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Draw only this one; repeatable.")] = None,
     form: Annotated[
@@ -32,8 +36,8 @@ def figures(
 
     Everything is drawn from the files that are given. What they do not hold is listed with the reason.
     """
-    if not (trace or bench or tuned):
-        raise ValueError("nothing to draw from: name a --trace, a --bench or a --tuned file")
+    if not (trace or bench or tuned or workload):
+        raise ValueError("nothing to draw from: name a --trace, a --bench, a --tuned or a --workload file")
     from specdec.analysis.figures import FORMATS, draw_all
 
     formats = form or list(FORMATS)
@@ -41,7 +45,8 @@ def figures(
         raise ValueError(f"--format must be svg or png, got {unknown[0]!r}")
 
     result, settings = read_results(bench, tuned)
-    drawn = draw_all(out.expanduser(), read_traces(trace), result, settings, only=only, formats=formats)
+    served = read_workloads(workload or [])
+    drawn = draw_all(out.expanduser(), read_traces(trace), result, settings, served, only=only, formats=formats)
     for path in drawn.paths:
         print(path)
     for figure in drawn.missing:
@@ -82,7 +87,25 @@ def read_results(bench: Path | None, tuned: Path | None) -> tuple[Bench | None, 
     result = None if bench is None else load_result(bench)
     settings = None if tuned is None else load_result(tuned)
     if result is not None and not isinstance(result, Bench):
-        raise ValueError(f"{bench} is of specdec tune: give it as --tuned")
+        raise ValueError(f"{bench} is no comparison of drafters: give it as {_option_of(result)}")
     if settings is not None and not isinstance(settings, Tune):
-        raise ValueError(f"{tuned} is of specdec bench: give it as --bench")
+        raise ValueError(f"{tuned} is not of specdec tune: give it as {_option_of(settings)}")
     return result, settings
+
+
+def read_workloads(paths: list[Path]) -> list[Workload]:
+    """Results of specdec bench --workload."""
+    from specdec.analysis.results import Workload, load_result
+
+    found = []
+    for path in paths:
+        result = load_result(path)
+        if not isinstance(result, Workload):
+            raise ValueError(f"{path} is of no workload: give it as {_option_of(result)}")
+        found.append(result)
+    return found
+
+
+def _option_of(result: Bench | Tune | Workload) -> str:
+    """The option that takes a result of this kind."""
+    return {"Bench": "--bench", "Tune": "--tuned", "Workload": "--workload"}[type(result).__name__]

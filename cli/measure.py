@@ -94,7 +94,7 @@ class HfGenerate:
 
     def run(self, batch: Batch) -> Output:
         """With sampling, the noise is torch's, seeded for each batch; it is another noise than ours."""
-        input_ids, mask = _left_padded(batch.prompts, self.model.device)
+        input_ids, mask = left_padded(batch.prompts, self.model.device)
         streamer = _Passes(self.clock)
         devices = [input_ids.device] if input_ids.device.type == "cuda" else []
         with torch.random.fork_rng(devices), neutral_generation(self.model, self.eos_ids):
@@ -230,7 +230,7 @@ def _cut(sizes: Sequence[int], num_tokens: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (B, L)."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)

@@ -21,28 +21,35 @@ Row = Mapping[str, Any]
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Table, notes and conclusion on standard output."""
-    console = console or Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _PIPE_WIDTH)
+    console = wide_console(console)
     if summary["rows"]:
         console.print(make_table(summary["rows"]))
     for line in (*notes(summary), conclusion(summary)):
         console.print(line, markup=False, soft_wrap=True)
 
 
+def wide_console(console: Console | None) -> Console:
+    """``console``, or standard output, which is as wide as a table where nobody says how wide it is."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPE_WIDTH)
+    return console
+
+
+def new_table(first: str, *titles: str) -> Table:
+    """A table whose first column is folded where it is long; the others hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
+    table.add_column(first, overflow="fold")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
 def make_table(rows: list[Row]) -> Table:
     """Narrow enough for 80 columns: methods with many options are folded."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
-    table.add_column("method", overflow="fold")
-    for title in (
-        "speedup [95 %]",
-        "tokens\n/s",
-        "mean acc.\nlength",
-        "draft/score\n/verify %",
-        "loss-\nless",
-        "match",
-    ):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = new_table(
+        "method", "speedup [95 %]", "tokens\n/s", "mean acc.\nlength", "draft/score\n/verify %", "loss-\nless", "match"
+    )
     for row in rows:
         table.add_row(
             label(row),
@@ -88,6 +95,11 @@ def _match(row: Row) -> str:
         return "(no text)"
     if match["compared_with"] is None:
         return "reference" if row["method"] in (HF_GENERATE, PLAIN) else "(sampled)"
+    return match_cell(match)
+
+
+def match_cell(match: Mapping[str, Any]) -> str:
+    """How many outputs are identical, and what the others are."""
     text = f"{match['identical']}/{match['total']}"
     if match["explained"]:
         text += f" +{match['explained']} tied"

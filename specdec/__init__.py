@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdec.generation.batch import SpeculativeOutput
+    from specdec.generation.prefix_cache import PrefixCache
     from specdec.generation.wrapper import custom_generate, generate
     from specdec.grammar.inputs import Grammar
     from specdec.hub.load import load_model, load_tokenizer
@@ -26,6 +27,7 @@ _HOMES = {
     "SpeculativeOutput": "specdec.generation.batch",
     "Grammar": "specdec.grammar.inputs",
     "Engine": "specdec.serving.engine",
+    "PrefixCache": "specdec.generation.prefix_cache",
     "RequestSettings": "specdec.serving.request",
     "Stats": "specdec.stats",
     "load_model": "specdec.hub.load",
@@ -38,6 +40,7 @@ __all__ = [
     "Draw",
     "Engine",
     "Grammar",
+    "PrefixCache",
     "RequestSettings",
     "SpeculativeOutput",
     "Stats",

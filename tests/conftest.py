@@ -17,6 +17,7 @@ import torch
 SLOW = {
     "cuda", "kernels", "training", "tune",
     "analysis/test_analysis_bench.py", "analysis/test_analysis_lanes.py", "analysis/test_figures.py",
+    "analysis/test_workload_figures.py", "cli/test_workload.py",
     "cli/test_bench.py", "cli/test_bench_cli.py", "cli/test_cli.py", "cli/test_export.py", "cli/test_report.py",
     "cli/test_saved_config.py",
     "core/test_budget.py", "core/test_mutants.py", "core/test_rng.py", "core/test_rules.py",

@@ -5,6 +5,7 @@ notebooks reuse them; ``draw_all`` writes all that the data allows, in both them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from specdec.analysis.columns import Trace
-from specdec.analysis.figures import costs, rates, speculation, trees
+from specdec.analysis.figures import blocks, costs, prefixes, rates, serving, speculation, trees
 from specdec.analysis.figures.style import THEMES, MissingDataError, themed
-from specdec.analysis.results import Bench, Tune
+from specdec.analysis.results import Bench, Tune, Workload
 
 Draw = Callable[..., Axes]
 
@@ -27,7 +28,7 @@ class Spec:
 
     name: str
     group: str
-    needs: str  # "trace", "bench" (or a trace), "tuned", or what does not exist yet
+    needs: str  # "trace", "bench" (or a trace), "tuned", "workload", or what does not exist yet
     draw: Draw | None = None
 
 
@@ -48,7 +49,7 @@ class Drawn:
 
 
 FORMATS = ("svg", "png")
-_PAGED, _PREFIX, _GRAMMAR = "the paged key-value cache", "prefix sharing", "grammar-constrained generation"
+_GRAMMAR = "grammar-constrained generation"
 
 FIGURES: tuple[Spec, ...] = (
     Spec("standard_vs_speculative", "speculation", "trace", speculation.standard_vs_speculative),
@@ -64,14 +65,14 @@ FIGURES: tuple[Spec, ...] = (
     Spec("speedup_by_category", "costs", "trace", costs.speedup_by_category),
     Spec("step_time_breakdown", "costs", "trace", costs.step_time_breakdown),
     Spec("tuner_landscape", "costs", "tuned", costs.tuner_landscape),
-    Spec("kv_cache_problem", "paged", _PAGED),
-    Spec("block_structure", "paged", _PAGED),
-    Spec("memory_comparison", "paged", _PAGED),
-    Spec("block_sharing", "paged", _PAGED),
-    Spec("performance_comparison", "paged", _PAGED),
-    Spec("attention_flow", "paged", _PAGED),
-    Spec("radix_tree_structure", "prefix", _PREFIX),
-    Spec("throughput_comparison", "prefix", _PREFIX),
+    Spec("kv_cache_problem", "paged", "workload", serving.kv_cache_problem),
+    Spec("block_structure", "paged", "workload", blocks.block_structure),
+    Spec("memory_comparison", "paged", "workload", serving.memory_comparison),
+    Spec("block_sharing", "paged", "workload", blocks.block_sharing),
+    Spec("performance_comparison", "paged", "workload", serving.performance_comparison),
+    Spec("attention_flow", "paged", "workload", blocks.attention_flow),
+    Spec("radix_tree_structure", "prefix", "workload", prefixes.radix_tree_structure),
+    Spec("throughput_comparison", "prefix", "workload", serving.throughput_comparison),
     Spec("structured_generation_flow", "grammars", _GRAMMAR),
 )
 
@@ -81,6 +82,7 @@ def draw_all(
     trace: Trace | None = None,
     bench: Bench | None = None,
     tune: Tune | None = None,
+    workloads: Sequence[Workload] = (),
     *,
     only: Iterable[str] | None = None,
     formats: Sequence[str] = FORMATS,
@@ -100,26 +102,37 @@ def draw_all(
     missing: list[Missing] = []
     for spec in (spec for spec in FIGURES if spec.name in wanted):
         try:
-            draw = bound(spec, trace, bench, tune)
+            draw = bound(spec, trace, bench, tune, workloads)
             paths += save(draw, out, spec.name, formats)
         except MissingDataError as error:
             missing.append(Missing(spec.name, str(error)))
     return Drawn(tuple(paths), tuple(missing))
 
 
-def bound(spec: Spec, trace: Trace | None, bench: Bench | None, tune: Tune | None) -> Draw:
-    """The function of a figure with its data.
+def bound(
+    spec: Spec, trace: Trace | None, bench: Bench | None, tune: Tune | None, workloads: Sequence[Workload] = ()
+) -> Draw:
+    """The function of a figure with its data; of several workloads it is the first that holds what the figure shows.
 
     Raises:
         MissingDataError: there is none of the kind it is drawn from.
     """
     if spec.draw is None:
         raise MissingDataError(f"measurements of {spec.needs}, which specdec does not have yet")
-    source: Any = {"trace": trace, "bench": bench or trace, "tuned": tune}[spec.needs]
+    if spec.needs == "workload" and workloads:
+        return partial(_first, spec.draw, workloads)
+    source: Any = {"trace": trace, "bench": bench or trace, "tuned": tune, "workload": None}[spec.needs]
     if source is None:
         what = {"trace": "specdec bench --trace", "bench": "specdec bench --output", "tuned": "specdec tune --output"}
-        raise MissingDataError(f"a file of {what[spec.needs]}")
+        raise MissingDataError(f"a file of {what.get(spec.needs, 'specdec bench --workload with --output')}")
     return partial(spec.draw, source)
+
+
+def _first(draw: Draw, workloads: Sequence[Workload], **options: Any) -> Axes:
+    for workload in workloads[:-1]:
+        with suppress(MissingDataError):
+            return draw(workload, **options)
+    return draw(workloads[-1], **options)
 
 
 def save(draw: Draw, out: Path, name: str, formats: Sequence[str] = FORMATS) -> list[Path]:

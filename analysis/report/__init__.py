@@ -13,7 +13,7 @@ from specdec.analysis.figures.style import conditions
 from specdec.analysis.load import load
 from specdec.analysis.report import page
 from specdec.analysis.report.facts import Facts, facts_of_bench, facts_of_trace
-from specdec.analysis.results import Bench, Tune, is_result, load_result
+from specdec.analysis.results import Bench, Tune, Workload, is_result, load_result
 from specdec.records.trace import read_trace
 
 
@@ -54,6 +54,8 @@ def chapters(paths: Iterable[str]) -> list[Chapter]:
     by_name: dict[str, Chapter] = {}
     for path in paths:
         result = load_result(path) if is_result(path) else None
+        if isinstance(result, Workload):
+            raise ValueError(f"{path} is of a workload, which has no report: draw it with specdec figures --workload")
         key = repr(comparable(result.provenance if result else next(read_trace(path))))
         if isinstance(result, Tune):
             by_name[f"tune {path}"] = Chapter([path], tune=result)

@@ -47,6 +47,8 @@ def attention_forward(
     tree: TreePass | None = getattr(attention_mask, "tree_pass", None)
     if tree is not None and not dropout and scaling is not None and not lacking(query, key, value):
         return _tree_attention(query, key, value, tree, scaling, **kwargs), None
+    if tree is not None and tree.is_paged and attention_mask is not None:
+        key, value = (_gathered(buffer, tree.pages, attention_mask.shape[-1]) for buffer in (key, value))
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         return _eager(query, key, value, attention_mask, scaling, **kwargs), None
     groups, num_queries = query.shape[1] // key.shape[1], query.shape[2]
@@ -78,6 +80,14 @@ def _each_row(
     else:
         out = flat.attend_plainly(query, key, value, flat.kind_of(marker), scaling)
     return out.transpose(1, 2).contiguous()
+
+
+def _gathered(buffer: Tensor, pages: Tensor, width: int) -> Tensor:
+    """(B, G, width, D) what each row sees of ``buffer`` (blocks, G, C, D)."""
+    missing = -(-width // buffer.shape[2]) - pages.shape[1]
+    if missing > 0:  # slots of padding columns, which nobody sees
+        pages = torch.cat((pages, pages[:, :1].expand(-1, missing)), 1)
+    return buffer[pages.long()].transpose(1, 2).flatten(2, 3)[:, :, :width]
 
 
 def _tree_attention(

@@ -97,9 +97,12 @@ class CausalLM:
 
     def _move_into(self, tables: BlockTables, is_owner: bool) -> None:
         """Keep rows in pages: one behind the other in a pass where the model takes our attention and passes a trial."""
+        style = self.support.style
+        takes_pages = not self.chain_only and isinstance(style, MaskStyle) and style.takes_pages
 
         def pages(tables: BlockTables, is_owner: bool, is_flat: bool) -> PagedRows:
-            return PagedRows(tables, self._config.num_hidden_layers, is_owner=is_owner, is_flat=is_flat)
+            layers = self._config.num_hidden_layers
+            return PagedRows(tables, layers, is_owner=is_owner, is_flat=is_flat, takes_pages=takes_pages)
 
         def is_flat() -> bool:
             if self.chain_only or self._config._attn_implementation != OUR_ATTENTION:

@@ -54,8 +54,12 @@ def slot_positions(plan: MaskPlan) -> Tensor:
     return positions
 
 
-def attach_tree_masks(masks: dict[str, Tensor], plan: MaskPlan, visible: Tensor, windows: dict[str, int]) -> None:
+def attach_tree_masks(
+    masks: dict[str, Tensor], plan: MaskPlan, visible: Tensor, windows: dict[str, int], pages: Tensor | None
+) -> None:
     """Let masks carry who sees whom as bits, where a kernel would read them; kinds without a window size stay plain.
+
+    ``pages`` (B, any) int32 are those of each row; None: row i has line i of the cache.
 
     A model hands its masks to its attention untouched, so what a mask carries arrives there; where it does not, the
     mask itself says the same.
@@ -71,10 +75,12 @@ def attach_tree_masks(masks: dict[str, Tensor], plan: MaskPlan, visible: Tensor,
     depths = slot_positions(plan).gather(1, slots.clamp(max=plan.width - 1)) - kept[:, None]
     queries = (plan.positions - kept[:, None]).clamp(min=0)  # padding stands before the kept slots
     tree = TreeMask(kept.int(), pack_mask(seen), area, queries.int().contiguous(), depths.int().contiguous())
-    pages = torch.arange(len(plan.kept), device=device, dtype=torch.int32)[:, None]
+    lines = torch.arange(len(plan.kept), device=device, dtype=torch.int32)[:, None]
     for kind, mask in masks.items():
         if kind in windows:
-            mask.tree_pass = TreePass(tree, pages, windows[kind])  # type: ignore[attr-defined]
+            mask.tree_pass = TreePass(  # type: ignore[attr-defined]
+                tree, lines if pages is None else pages, windows[kind], pages is not None
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +88,9 @@ class TreePass:
     """What a mask carries for our kernel: the same visibility as bits, and which line of the cache each row has."""
 
     mask: TreeMask
-    pages: Tensor  # (B, 1) int32
+    pages: Tensor  # (B, any) int32: lines, or the blocks of each row
     window: int  # 0: none
+    is_paged: bool = False  # the keys and values are whole buffers (blocks, G, C, D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +105,12 @@ class MaskStyle:
     chunk: int
     for_kernels: bool = False  # masks also carry the form that our own attention kernel takes
 
-    def build(self, plan: MaskPlan) -> Tensor | dict[str, Tensor]:
-        """4D masks (B, 1, T, W): bool (True = seen) or additive, one or a dict by layer type."""
+    def build(self, plan: MaskPlan, pages: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+        """4D masks (B, 1, T, W): bool (True = seen) or additive, one or a dict by layer type; ``pages`` as for kernels."""
         visible = visibility(plan)
         masks = self.by_kind(visible, lambda: slot_positions(plan), plan.positions)
         if self.for_kernels:
-            attach_tree_masks(masks, plan, visible, self.kernel_windows)
+            attach_tree_masks(masks, plan, visible, self.kernel_windows, pages)
         return self.arranged(masks)
 
     def by_kind(self, visible: Tensor, slots: Callable[[], Tensor], positions: Tensor) -> dict[str, Tensor]:
@@ -113,6 +120,11 @@ class MaskStyle:
     def arranged(self, masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """As the model takes them."""
         return masks if self.by_layer_type else masks[self.kinds[0]]
+
+    @property
+    def takes_pages(self) -> bool:
+        """Whether our kernel can read every layer from its pages."""
+        return self.for_kernels and set(self.kinds) <= {FULL, SLIDING}
 
     @property
     def kernel_windows(self) -> dict[str, int]:

@@ -27,6 +27,7 @@ class PaddedPass:
 
     row_passes: Sequence[RowPass]
     device: torch.device
+    pages: Tensor | None = None  # (B, any) int32 blocks of each row, for a kernel that reads them
 
     @cached_property
     def columns(self) -> list[list[int]]:
@@ -83,7 +84,7 @@ class PaddedPass:
 
     def mask(self, style: MaskStyle) -> Tensor | dict[str, Tensor] | None:
         """What a model takes as ``attention_mask``; None: its own causal mask is right."""
-        return None if self.is_plain else style.build(self.plan)
+        return None if self.is_plain and self.pages is None else style.build(self.plan, self.pages)
 
     def attending(self) -> AbstractContextManager[None]:
         """Around the model's forward: the masks say everything."""

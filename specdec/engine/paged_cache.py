@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdec.engine.cache import widened
+from specdec.kernels.dispatch import mode
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class PagedSlots:
     write: Tensor | None = None  # (B T,) where each column's keys go; None: a stretch from ``first`` on
     first: int = 0
     read: Tensor | None = None  # (B, W) what each row sees; None: attention finds its slots in the whole buffer
+    by_pages: bool = False  # which it is handed as blocks (blocks, G, C, D)
     start: int = 0  # slots in use before the pass: the longest row's
 
 
@@ -36,10 +38,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     is_sliding = False  # windows are in the masks
 
-    def __init__(self, current: PagedSlots, num_slots: int) -> None:
+    def __init__(self, current: PagedSlots, num_slots: int, block_size: int) -> None:
         super().__init__()
         self.current = current
-        self.num_slots = num_slots
+        self.num_slots, self.block_size = num_slots, block_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -61,6 +63,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             buffer.narrow(1, now.first, rows * columns).copy_(lines)
         else:
             buffer.index_copy_(1, now.write, lines.to(buffer.dtype))
+        if now.by_pages:
+            num_blocks = self.num_slots // self.block_size
+            return buffer.narrow(1, 0, self.num_slots).view(heads, num_blocks, self.block_size, size).transpose(0, 1)
         return buffer[None] if now.read is None else buffer[:, now.read].transpose(0, 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -76,15 +81,16 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 class PagedCache:
     """The buffers of all layers for a pool of ``num_slots``."""
 
-    def __init__(self, num_layers: int, num_slots: int) -> None:
+    def __init__(self, num_layers: int, num_slots: int, block_size: int) -> None:
         self.current = PagedSlots()
         self.num_slots = num_slots
-        self.layers = [PagedLayer(self.current, num_slots) for _ in range(num_layers)]
+        self.layers = [PagedLayer(self.current, num_slots, block_size) for _ in range(num_layers)]
         self.past_key_values = Cache(layers=list(self.layers))
 
-    def begin_pass(self, write: Tensor, read: Tensor | None, start: int) -> None:
+    def begin_pass(self, write: Tensor, read: Tensor | None, start: int, by_pages: bool = False) -> None:
         """The next pass writes to the slots ``write`` (B T,) and reads ``read`` (B, W), or whatever attention picks."""
         now, first = self.current, int(write[0])
+        now.by_pages = by_pages
         is_stretch = bool((write[1:] - write[:-1] == 1).all())
         now.write, now.first, now.read, now.start = None if is_stretch else write, first, read, start
 
@@ -113,4 +119,5 @@ def _buffer(like: Tensor, num_slots: int) -> Tensor:
     """(G, S, D), written to in inference mode and outside. Memory that no slot uses is never touched on a CPU."""
     shape = (like.shape[1], num_slots, like.shape[3])
     with torch.inference_mode(False):
-        return like.new_empty(shape) if like.device.type == "cpu" else like.new_zeros(shape)
+        is_read_whole = like.device.type != "cpu" or mode() != "torch"  # kernels want numbers in slots that are masked
+        return like.new_zeros(shape) if is_read_whole else like.new_empty(shape)

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from specdec.engine.flat_pass import FlatPass
 from specdec.engine.padded_pass import PaddedPass
 from specdec.engine.paged_cache import PagedCache
 from specdec.engine.passes import CacheRow, RowPass
 from specdec.interfaces import Row
+from specdec.kernels.attention import MAX_AREA
+from specdec.kernels.dispatch import choose
 from specdec.paging.tables import BlockTables
 
 
@@ -37,6 +40,7 @@ class PagedRows:
             slots from 1 on, so that each depends on nothing but the tokens up to its own.
         is_flat: rows stand one behind the other in a pass, which takes our attention; else side by side, and what they
             see is gathered.
+        takes_pages: where our kernel runs, rows stand side by side and it reads their pages.
     """
 
     def __init__(
@@ -47,10 +51,13 @@ class PagedRows:
         is_owner: bool = False,
         must_follow: bool = False,
         is_flat: bool = True,
+        takes_pages: bool = False,
     ) -> None:
         self.tables, self.must_follow = tables, must_follow
         self.is_flat, self._is_owner, self._offset = is_flat, is_owner, int(must_follow)
-        self.cache = PagedCache(num_layers, tables.pool.num_blocks * tables.pool.block_size)
+        size = tables.pool.block_size
+        self._takes_pages = takes_pages and size & (size - 1) == 0
+        self.cache = PagedCache(num_layers, tables.pool.num_blocks * size, size)
         self._cache_rows: dict[Row, PagedRow] = {}
         tables.add_store(self)
 
@@ -111,18 +118,34 @@ class PagedRows:
         """
         ends = [row_pass.start + len(row_pass.new_tokens) for row_pass in row_passes]
         slots = [self._slots(row_pass.cache_row, end) for row_pass, end in zip(row_passes, ends, strict=True)]
-        if self.is_flat:
+        by_pages = self._takes_pages and self._can_read_pages(row_passes, device)
+        if self.is_flat and not by_pages:
             flat = FlatPass(row_passes, slots, device)
             self.cache.begin_pass(flat.written, None, max(row_pass.start for row_pass in row_passes))
             return flat
-        layout = PaddedPass(row_passes, device)
+        layout = PaddedPass(row_passes, device, self._pages(row_passes, device) if by_pages else None)
         write = np.full((len(slots), layout.num_columns), self.cache.num_slots)  # where padding goes
-        read = np.stack([np.pad(s, (0, layout.width - len(s)), constant_values=s[0]) for s in slots])
         for line, places, row_pass in zip(write, slots, row_passes, strict=True):
             line[layout.num_columns - len(row_pass.new_tokens) :] = places[row_pass.start :]
-        write_slots, read_slots = (torch.from_numpy(each).to(device) for each in (write.ravel(), read))
-        self.cache.begin_pass(write_slots, read_slots, layout.start)
+        read = None
+        if not by_pages:
+            padded = [np.pad(s, (0, layout.width - len(s)), constant_values=s[0]) for s in slots]
+            read = torch.from_numpy(np.stack(padded)).to(device)
+        self.cache.begin_pass(torch.from_numpy(write.ravel()).to(device), read, layout.start, by_pages)
         return layout
+
+    def _can_read_pages(self, row_passes: Sequence[RowPass], device: torch.device) -> bool:
+        """Whether the kernel runs here and takes what is new in this pass as the tree's area."""
+        area = max(row_pass.start + len(row_pass.new_tokens) - row_pass.cache_row.length for row_pass in row_passes)
+        return area <= MAX_AREA and choose("tree_attention", device) is not None
+
+    def _pages(self, row_passes: Sequence[RowPass], device: torch.device) -> Tensor:
+        """(B, any) int32 blocks of each row."""
+        blocks = [self.tables[_paged(row_pass.cache_row).row].blocks for row_pass in row_passes]
+        most = max(map(len, blocks))
+        return torch.tensor(
+            [each + each[-1:] * (most - len(each)) for each in blocks], dtype=torch.int32, device=device
+        )
 
     def keep(self, kept: Sequence[tuple[CacheRow, list[int]]]) -> None:
         """Make the slots of these nodes (ascending, root first) the next ones of their rows, and drop all others."""
@@ -151,6 +174,11 @@ class PagedRows:
 
     def _slots(self, cache_row: CacheRow, end: int) -> NDArray[np.int64]:
         """(end,) where the row's first slots are in the pool, with blocks for all of them."""
-        assert isinstance(cache_row, PagedRow)
-        self.tables.reserve(cache_row.row, end + self._offset)
-        return self.tables.slots(cache_row.row, self._offset, end + self._offset)
+        row = _paged(cache_row).row
+        self.tables.reserve(row, end + self._offset)
+        return self.tables.slots(row, self._offset, end + self._offset)
+
+
+def _paged(cache_row: CacheRow) -> PagedRow:
+    assert isinstance(cache_row, PagedRow)
+    return cache_row

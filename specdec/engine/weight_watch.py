@@ -57,8 +57,9 @@ class WeightWatch:
 def _tensors(layers: Sequence[Any]) -> Iterator[Tensor]:
     for layer in layers:
         yield layer.weight
-        if layer.bias is not None:
-            yield layer.bias
+        bias = layer._parameters.get("bias")
+        if bias is not None:
+            yield bias
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:

@@ -7,22 +7,25 @@ through its own hook, ``custom_generate``. What the hook drops is carried around
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from specdec.checks import whole_number
+from specdec.checks import shown, whole_number
 from specdec.decode import Decoder, Emission
 from specdec.drafters.grammar import guided
 from specdec.engine.wrapped import what_runs
+from specdec.errors import UnsupportedOptionError
 from specdec.generation.arguments import DraftModels, as_models, check_call, check_callable, drafter_of, verifier_of
 from specdec.generation.batch import Batch
 from specdec.generation.caller_objects import Given, arrange
 from specdec.generation.constrained import attach_grammars, constrain
 from specdec.generation.hook import Call, Dropped, check_dropped, dropped_arguments, heal_tokens, take_stop_strings
 from specdec.generation.options import check_generation_config, check_inputs
+from specdec.generation.prefix_cache import PrefixCache
 from specdec.generation.streaming import Stream
 from specdec.grammar.inputs import Grammar
 from specdec.interfaces import Drafter, Step, Verifier
@@ -51,6 +54,7 @@ def generate(
     adaptive: bool = DEFAULTS.adaptive,
     accelerate: bool = DEFAULTS.accelerate,
     cuda_graphs: bool = DEFAULTS.cuda_graphs,
+    prefix_cache: PrefixCache | None = None,
     grammar: Grammar | Sequence[Grammar | None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_emission: Callable[[Emission], None] | None = None,
@@ -78,6 +82,8 @@ def generate(
             weights for as long as the models live; elsewhere nothing changes.
         cuda_graphs: on a GPU, run on our attention kernels and replay each pass over a tree as a CUDA graph; cache and
             graphs stay for the next call. Not yet seen on a GPU (docs/gpu-todo.md), so it is off by default.
+        prefix_cache: what earlier calls computed of texts that begin alike is not computed again, and this call's texts
+            are kept for later ones.
         grammar: what every text must match (``specdec.Grammar``), or one for each prompt, None for a free one; needs the
             ``tokenizer``. The output is that of plain constrained decoding, and a text that is complete ends.
         on_step: called with every step of every row.
@@ -118,7 +124,7 @@ def generate(
             accelerate=accelerate,
             cuda_graphs=cuda_graphs,
         )
-        loop = _Loop.of(settings, draft_model, on_step, on_emission, stream)
+        loop = _Loop.of(settings, draft_model, prefix_cache, on_step, on_emission, stream)
         call = Call(model, inputs, generation_config, kwargs)
         take_stop_strings(call, tokenizer)
         heal_tokens(call, tokenizer)
@@ -137,6 +143,7 @@ def custom_generate(
     adaptive: bool = DEFAULTS.adaptive,
     accelerate: bool = DEFAULTS.accelerate,
     cuda_graphs: bool = DEFAULTS.cuda_graphs,
+    prefix_cache: PrefixCache | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_emission: Callable[[Emission], None] | None = None,
     streamer: Any | None = None,
@@ -158,7 +165,7 @@ def custom_generate(
         accelerate=accelerate,
         cuda_graphs=cuda_graphs,
     )
-    return _Loop.of(settings, draft_model, on_step, on_emission, streamer)
+    return _Loop.of(settings, draft_model, prefix_cache, on_step, on_emission, streamer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +174,15 @@ class _Loop:
 
     settings: Settings
     draft_models: Sequence[Any]
+    prefix_cache: PrefixCache | None
     on_step: Callable[[Step], None] | None
     on_emission: Callable[[Emission], None] | None
     streamer: Any | None
 
     @classmethod
-    def of(cls, settings: Settings, draft_model: Any, on_step: Any, on_emission: Any, streamer: Any) -> _Loop:
+    def of(
+        cls, settings: Settings, draft_model: Any, prefix_cache: Any, on_step: Any, on_emission: Any, streamer: Any
+    ) -> _Loop:
         """Everything checked before a model runs.
 
         Raises:
@@ -189,7 +199,11 @@ class _Loop:
             verifier=verifier_of(settings.verifier),
             max_nodes=whole_number("max_nodes", settings.max_nodes),
         )
-        return cls(checked, as_models(draft_model), on_step, on_emission, streamer)
+        if prefix_cache is not None and not isinstance(prefix_cache, PrefixCache):
+            raise ValueError(f"prefix_cache must be a specdec.PrefixCache, got {shown(prefix_cache)}")
+        if prefix_cache is not None and settings.cuda_graphs:
+            raise UnsupportedOptionError("cuda_graphs cannot be replayed over a prefix_cache; leave one of them out")
+        return cls(checked, as_models(draft_model), prefix_cache, on_step, on_emission, streamer)
 
     def __call__(
         self,
@@ -211,16 +225,21 @@ class _Loop:
             stream = found if found.is_open else given
             batch = Batch(input_ids, padding, generation_config, stopping_criteria, stream)
             attach_grammars(logits_processor, batch.rows)
-            return self._run(self._decoder(model, batch, logits_processor), batch)
+            with self.prefix_cache.lock if self.prefix_cache else nullcontext():
+                return self._run(self._decoder(model, batch, logits_processor), batch)
 
     def _decoder(self, model: Any, batch: Batch, processors: Sequence[Any]) -> Decoder:
         settings, num_rows = self.settings, len(batch.rows)
-        runtime = Runtime(
-            what_runs(model), self.draft_models, accelerate=settings.accelerate, cuda_graphs=settings.cuda_graphs
-        )
+        runtime = self._runtime(what_runs(model))
         verifier = as_verifier(settings.verifier)
-        drafts, named = DraftModels(runtime.draft_models), runtime.plan(settings, num_rows).drafter
-        drafter = runtime.drafter(named, verifier, drafts)
+        named = runtime.plan(settings, num_rows).drafter
+
+        def build() -> tuple[Drafter, DraftModels]:
+            drafts = DraftModels(runtime.draft_models)
+            return runtime.drafter(named, verifier, drafts), drafts
+
+        is_kept = self.prefix_cache is not None and isinstance(named, str)
+        drafter, drafts = self.prefix_cache.kept((named, verifier.name), build) if is_kept else build()  # type: ignore[union-attr]
         if any(row.grammar for row in batch.rows):
             drafter = guided(drafter, verifier, is_growing=named == "auto")
         if named is settings.drafter:  # a tuned file may name a drafter that runs a model for other batches only
@@ -244,6 +263,12 @@ class _Loop:
             decide=asked.decide,
             num_rows=num_rows,
         )
+
+    def _runtime(self, model: Any) -> Runtime:
+        settings = self.settings
+        if self.prefix_cache is not None:
+            return self.prefix_cache.runtime(model, self.draft_models, settings.accelerate)
+        return Runtime(model, self.draft_models, accelerate=settings.accelerate, cuda_graphs=settings.cuda_graphs)
 
     def _run(self, decoder: Decoder, batch: Batch) -> Any:
         stats = Stats()

@@ -75,6 +75,10 @@ class TraceWriter:
         """What all methods were given for one turn. Labels: question_id, category, turn."""
         self._write({"type": "prompt", **labels, "token_ids": list(token_ids)})
 
+    def engine_pass(self, record: Mapping[str, Any], *, time_s: float, **labels: Any) -> None:
+        """One pass of an engine that serves many requests. Labels: method, drafter, verifier."""
+        self._write({"type": "pass", **labels, "time_s": time_s, **record})
+
     def vocabulary(self, texts: Mapping[int, str]) -> None:
         """The texts of tokens, so that a reader needs no tokenizer; a trace may hold several of these lines."""
         self._write({"type": "vocabulary", "texts": {str(token): text for token, text in texts.items()}})

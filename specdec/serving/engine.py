@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -18,13 +18,14 @@ from specdec.budget.adaptive import make_budget
 from specdec.checks import whole_number
 from specdec.decode import Decoder
 from specdec.drafters.grammar import guided
+from specdec.engine.kv_memory import make_tables
 from specdec.grammar.row import RowGrammar
 from specdec.interfaces import Drafter, Row, Verifier
 from specdec.runtime import Runtime, as_verifier
 from specdec.serving.grammars import Grammars
 from specdec.serving.handle import Handle
 from specdec.serving.job import Job
-from specdec.serving.memory import make_tables
+from specdec.serving.pass_record import PassRecord
 from specdec.serving.per_request import EachForItself, PerRequest, RequestDrafter, RequestRng, RequestTransform
 from specdec.serving.request import Completion, Delta, FinishReason, RequestSettings
 from specdec.serving.scheduler import Scheduler, UsualPasses
@@ -73,6 +74,7 @@ class Engine:
         max_waiting: requests that may wait; more are refused. None: any number.
         token_budget: columns of a pass up to which prompts fill it: smaller ones delay other rows less.
         prefix_sharing: whether texts that begin alike share what is computed for their beginnings.
+        on_pass: told of each pass, in the engine's thread; what it takes delays all rows, and an error of its ends them.
 
     Raises:
         UnsupportedModelError: the model cannot be verified.
@@ -96,6 +98,7 @@ class Engine:
         max_waiting: int | None = None,
         token_budget: int = 512,
         prefix_sharing: bool = True,
+        on_pass: Callable[[PassRecord], None] | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("block_size", block_size), ("token_budget", token_budget)):
             if whole_number(name, value) < 1:
@@ -126,7 +129,7 @@ class Engine:
             num_rows=max_rows,
         )
         self._scheduler = Scheduler(
-            decoder, runtime.target, tables, self._requests, max_rows, plan.max_nodes, token_budget
+            decoder, runtime.target, tables, self._requests, max_rows, plan.max_nodes, token_budget, on_pass
         )
         budget.is_usual = lambda: not self._scheduler.has_prompts
         self._default_stops = _end_tokens(model)

@@ -20,6 +20,7 @@ from specdec.errors import OutOfBlocksError
 from specdec.interfaces import Limit, Row, Verdict
 from specdec.paging.tables import BlockTables
 from specdec.serving.job import Job
+from specdec.serving.pass_record import PassRecord, record_pass
 from specdec.serving.per_request import PerRequest, RowFailedError
 from specdec.tree import TokenTree
 
@@ -66,6 +67,7 @@ class Scheduler:
         max_rows: rows that run at a time.
         max_nodes: the largest tree, for which room is kept.
         token_budget: columns of a pass up to which prompts fill it.
+        on_pass: told of each pass, in the engine's thread.
     """
 
     decoder: Decoder
@@ -75,11 +77,13 @@ class Scheduler:
     max_rows: int
     max_nodes: int
     token_budget: int
+    on_pass: Callable[[PassRecord], None] | None = None
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)  # in the order in which they were let in
     num_preemptions: int = 0
     has_chunks: bool = False  # whether the pass that runs holds pieces of prompts beside trees
     has_prompts: bool = False  # whether it holds any prompt token
+    num_told: int = 0  # blocks of the tree of prefixes when ``on_pass`` last got it
     margin: int = 0  # slots behind a row's tokens for the nodes of one step; grows if a draft model needs more
 
     def __post_init__(self) -> None:
@@ -95,7 +99,9 @@ class Scheduler:
 
     def step(self) -> Outcome:
         """One pass, with whoever can take part."""
+        num_before = len(self.waiting)
         self._admit()
+        has_joined = len(self.waiting) < num_before
         outcome = Outcome()
         if not self.running:
             return outcome
@@ -118,6 +124,8 @@ class Scheduler:
             self._restart(list(self.running))
             return outcome
         outcome.emissions = list(zip(decoding, emissions, strict=True))
+        if self.on_pass is not None:
+            self.on_pass(self._record(outcome, has_joined))
         self._after_step(outcome.emissions)
         return outcome
 
@@ -227,6 +235,22 @@ class Scheduler:
                 chunks.append((job, room))
             room -= min(num_pending, room)
         return decoding, chunks
+
+    def _record(self, outcome: Outcome, has_joined: bool) -> PassRecord:
+        """What the pass did; with the tree of prefixes if a row was let in, or the tree is an eighth larger."""
+        num_known = 0 if self.tables.tree is None else self.tables.tree.num_blocks
+        is_news = has_joined or num_known > self.num_told + self.num_told // 8
+        if is_news:
+            self.num_told = num_known
+        return record_pass(
+            self.running,
+            outcome.emissions,
+            self.target,
+            self.tables,
+            num_waiting=len(self.waiting),
+            num_preemptions=self.num_preemptions,
+            with_prefixes=is_news,
+        )
 
     def _after_step(self, emissions: Sequence[tuple[Job, Emission]]) -> None:
         finished = [job for job, emission in emissions if emission.step.finished]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,12 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawn import assert_readable, figure_of, texts_of
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.container import BarContainer
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from specdec.analysis import figures
@@ -30,7 +27,11 @@ from specdec.analysis.results import Bench, Tune, load_result
 from specdec.cli.main import app
 
 DATA = Path(__file__).resolve().parents[2] / "notebooks" / "data"
-DRAWN = [spec for spec in FIGURES if spec.draw is not None and spec.name != "specinfer_vs_medusa"]
+DRAWN = [
+    spec
+    for spec in FIGURES
+    if spec.draw is not None and spec.name != "specinfer_vs_medusa" and spec.needs != "workload"
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +58,6 @@ def lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DATA / "bench.jsonl").read_text("utf-8").splitlines()]
 
 
-def figure_of(ax: Axes) -> Figure:
-    figure = ax.get_figure()
-    assert isinstance(figure, Figure)
-    FigureCanvasAgg(figure).draw()  # places the texts
-    return figure
-
-
-def texts_of(figure: Figure) -> Iterator[Text]:
-    return (text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_text() and text.get_visible())
-
-
 # ----- can be read -----
 
 
@@ -76,16 +66,7 @@ def texts_of(figure: Figure) -> Iterator[Text]:
 def test_nothing_is_cut_off_or_too_small(spec: Any, theme: Any, trace: Trace, bench: Bench, tune: Tune) -> None:
     with themed(theme):
         figure = figure_of(figures.bound(spec, trace, bench, tune)())
-    width, height = figure.canvas.get_width_height()
-    for text in texts_of(figure):
-        box = text.get_window_extent()
-        if box.width == 0:
-            continue
-        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
-        tick = text in [t for ax in figure.axes for t in (*ax.get_xticklabels(), *ax.get_yticklabels())]
-        assert inside or tick, text.get_text()
-        assert text.get_fontsize() >= 9
-    assert figure.get_facecolor()[:3] == pytest.approx(tuple(int(theme.ground[i : i + 2], 16) / 255 for i in (1, 3, 5)))
+    assert_readable(figure, theme)
 
 
 @pytest.mark.parametrize("spec", DRAWN, ids=lambda spec: spec.name)
@@ -273,8 +254,8 @@ def test_figures_without_an_engine_are_named_and_nothing_is_invented(
     assert sorted(path.name for path in drawn.paths) == sorted(path.name for path in tmp_path.iterdir())
     assert {path.stem.rsplit("-", 1)[0] for path in drawn.paths} == {"cost_curve"}
     reasons = {each.name: each.reason for each in drawn.missing}
-    assert "paged key-value cache" in reasons["block_sharing"]
-    assert "prefix sharing" in reasons["radix_tree_structure"]
+    assert "specdec bench --workload" in reasons["block_sharing"]
+    assert "specdec bench --workload" in reasons["radix_tree_structure"]
     assert "grammar" in reasons["structured_generation_flow"]
     assert "specdec tune --output" in reasons["tuner_landscape"]
 
@@ -319,12 +300,14 @@ def test_token_labels(text: str, label: str) -> None:
 def test_the_command_draws_and_lists(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["figures", "--trace", str(DATA / "bench.jsonl"), "--out", str(out)]
-    result = CliRunner().invoke(app, [*words, "--only", "cost_curve", "--only", "block_structure"])
+    result = CliRunner().invoke(app, [*words, "--only", "cost_curve", "--only", "structured_generation_flow"])
     assert result.exit_code == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "cost_curve-dark.png", "cost_curve-dark.svg", "cost_curve-light.png", "cost_curve-light.svg",
     ]  # fmt: skip
-    assert "not drawn: block_structure: needs measurements of the paged key-value cache" in result.stderr
+    assert (
+        "not drawn: structured_generation_flow: needs measurements of grammar-constrained generation" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,6 +318,7 @@ def test_the_command_draws_and_lists(tmp_path: Path) -> None:
         (["--bench", str(DATA / "tuned.json")], "give it as --tuned"),
         (["--trace", str(DATA / "bench.jsonl"), "--trace", str(DATA / "bench-b4.jsonl")], "differ in batch_size"),
         (["--tuned", str(DATA / "bench.json")], "give it as --bench"),
+        (["--workload", str(DATA / "bench.json")], "of no workload: give it as --bench"),
         (["--bench", str(DATA / "bench.json"), "--only", "nonesuch"], "there is no figure 'nonesuch'"),
         (["--bench", str(DATA / "bench.json"), "--format", "gif"], "svg or png"),
     ],

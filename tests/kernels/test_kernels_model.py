@@ -30,9 +30,12 @@ from specdec.engine import attention
 from specdec.engine.cache import Move, RaggedCache
 from specdec.engine.causal_lm import CausalLM
 from specdec.engine.masks import TreePass
+from specdec.engine.paged_rows import PagedRows
 from specdec.errors import UnsupportedModelError
 from specdec.interfaces import Row
 from specdec.kernels.attention import TreeMask, pack_mask, visible_slots
+from specdec.paging.pool import BlockPool
+from specdec.paging.tables import BlockTables
 from specdec.tree import TokenTree
 
 pytestmark = pytest.mark.usefixtures("simulated")
@@ -52,9 +55,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seen
 
 
-def tree_logits(model: Any) -> list[Tensor]:
+def tree_logits(model: Any, *, in_pages: bool = False) -> list[Tensor]:
     """Two ragged rows: a first pass with the prompts, then one after a commit that moves slots."""
-    target = CausalLM(model)
+    target = CausalLM(model, tables=BlockTables(BlockPool(20, 4)) if in_pages else None)
     rows = [Row(0, list(range(3, 20)), 99), Row(1, [5, 6, 7, 8], 99)]
     target.open(rows)
     found: list[Tensor] = []
@@ -82,6 +85,28 @@ def test_tree_passes_take_the_kernel_and_give_the_same_logits(family: str, calls
     assert set(calls) == {2.0 if "softcap" in family else 0.0}
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernel_reads_rows_from_their_pages(
+    family: str, calls: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    model.set_attn_implementation("eager")
+    expected = tree_logits(model)
+    attention.use_kernels(model)
+    tables: list[Tensor] = []
+    original = PagedRows._pages
+    monkeypatch.setattr(PagedRows, "_pages", lambda *args: tables.append(original(*args)) or tables[-1])  # type: ignore[func-returns-value]
+    got = tree_logits(model, in_pages=True)
+    assert len(calls) >= 2 * 2
+    assert max(each.shape[1] for each in tables) >= 5
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(PagedRows, "_pages", lambda *args: original(*args).flip(0))
+    wrong = tree_logits(model, in_pages=True)
+    assert any((a - b).abs().max() > 1e-2 for a, b in zip(wrong, expected, strict=True))
 
 
 def lacking_model(case: str) -> Any:
@@ -115,8 +140,9 @@ def test_heads_without_a_kernel_take_transformers_own_attention(case: str, calls
     model.set_attn_implementation("eager")
     expected = tree_logits(model)
     attention.use_kernels(model)
-    for a, b in zip(tree_logits(model), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for in_pages in (False, True):
+        for a, b in zip(tree_logits(model, in_pages=in_pages), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert not calls
 
 
@@ -195,8 +221,9 @@ def test_without_kernels_the_same_attention_runs_in_torch(monkeypatch: pytest.Mo
     model = FAMILIES["llama"]().eval()
     expected = tree_logits(model)
     attention.use_kernels(model)
-    for a, b in zip(tree_logits(model), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for in_pages in (False, True):
+        for a, b in zip(tree_logits(model, in_pages=in_pages), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert not calls
 
 

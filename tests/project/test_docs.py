@@ -6,6 +6,8 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -298,6 +300,36 @@ def test_a_lossy_row_says_so_in_the_table(script: ModuleType) -> None:
 def test_no_table_is_made_of_what_is_unknown_or_cut_short(script: ModuleType, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"schema 1|interrupted"):
         script.render(result(**changes))
+
+
+def test_a_workload_has_a_table_of_its_own(script: ModuleType) -> None:
+    spread = {"mean": 0.3, "p50": 0.25, "p90": 0.5, "p99": 1.0}
+    paged = {
+        "engine": "paged", "drafter": "hybrid", "max_rows": 8, "tokens_per_s": 101.25, "first_token_s": spread,
+        "inter_token_s": spread, "acceptance": {"mean_acceptance_length": 2.0}, "prefix_hit_rate": 0.875,
+        "kv": {"utilisation": 0.9625}, "match": {"identical": 4, "total": 4, "compared_with": "hf-generate, one by one"},
+    }  # fmt: skip
+    other = {**paged, "engine": "hf", "drafter": None, "acceptance": None, "prefix_hit_rate": None, "kv": None}
+    about = {"kind": "workload", "workload": {"num_requests": 4}, "rows": [paged, other]}
+    lines = script.render(result(**about)).splitlines()
+    assert lines[2] == "| paged + hybrid | 8 | 101.2 | 0.25, 1.00 | 250, 500, 1000 | 2.00 | 88% | 96.2% | 4/4 |"
+    assert lines[3] == "| hf | 8 | 101.2 | 0.25, 1.00 | 250, 500, 1000 | - | - | - | 4/4 |"
+    assert "4 prompts" in lines[5]
+    assert len(script.render(result(**about), ["hf"]).splitlines()) == 5
+    with pytest.raises(ValueError, match="no engine nosuch"):
+        script.render(result(**about), ["nosuch"])
+
+
+@pytest.mark.slow
+def test_the_documented_commands_of_workloads_are_those_of_the_script() -> None:
+    printed = subprocess.run(
+        [sys.executable, "benchmarks/workloads.py", "list"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    text = (ROOT / "docs" / "workloads.md").read_text("utf-8")
+    for line in printed.splitlines():
+        command, _, output = line.partition(" --output ")
+        assert f"`{Path(output).name}`" in text
+        assert f"| `{command}` |" in text
 
 
 def test_a_table_replaces_what_stands_between_its_markers(script: ModuleType, tmp_path: Path) -> None:

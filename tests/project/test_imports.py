@@ -36,7 +36,7 @@ ROOMS: dict[str, str] = {
     "verifiers": "core",
     "drafters": "core records hub engine cpu grammar",
     "runtime": "core records paging engine cpu cuda drafters verifiers kernels",
-    "generation": "core engine grammar drafters verifiers runtime",
+    "generation": "core paging engine grammar drafters verifiers runtime",
     "serving": "core engine paging grammar drafters runtime",
     "serve": "core serving",
     "tune": "core records engine drafters verifiers runtime",

@@ -13,8 +13,8 @@ import torch
 from crowd import NUM_NEW, SETTINGS, VOCAB, Case, alone, crowd, crowd_model, differing, engine
 from torch import Tensor
 
+from specdec.engine.kv_memory import parse_memory
 from specdec.serving.engine import Engine, QueueFullError
-from specdec.serving.memory import parse_memory
 from specdec.serving.request import FinishReason, RequestSettings
 
 LONG = RequestSettings(max_new_tokens=400, stop_token_ids=())
