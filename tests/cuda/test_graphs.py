@@ -113,7 +113,7 @@ def by_levels(lm: CausalLM, rows: list[Row], rng: random.Random) -> list[Scores]
 
 def kept_states(lm: CausalLM, rows: list[Row]) -> list[Tensor]:
     lines = [lm._rows[row] for row in rows]
-    buffers = [buffer for pair in lm._cache.pairs if pair for buffer in pair]
+    buffers = [buffer for pair in lm._rows.cache.pairs if pair for buffer in pair]
     return [buffer[line.index, :, : line.length] for buffer in buffers for line in lines]
 
 
@@ -237,7 +237,7 @@ def test_recordings_of_a_cache_that_grew_are_dropped() -> None:
     lm = recorded(model_of("llama"))
     play(lm)
     shapes = passes_of(lm)._recorded
-    assert {shape.capacity for shape in shapes} == {lm._cache.capacity} == {256}
+    assert {shape.capacity for shape in shapes} == {lm._rows.cache.capacity} == {256}
     assert passes_of(lm).num_recordings > passes_of(lm).num_bytes == len(shapes)
 
 
@@ -330,12 +330,12 @@ def test_graphs_on_a_cpu_are_refused() -> None:
 
 def test_a_copy_for_the_kernels_shares_every_weight() -> None:
     model = model_of("llama")
-    ours = graphs.kernel_copy(model)
+    ours = attention.attention_copy(model)
     assert ours.config._attn_implementation == attention.NAME
     assert model.config._attn_implementation == "sdpa"
     assert all(a is b for a, b in zip(model.parameters(), ours.parameters(), strict=True))
-    assert graphs.kernel_copy(model) is ours
-    assert graphs.kernel_copy(ours) is ours
+    assert attention.attention_copy(model) is ours
+    assert attention.attention_copy(ours) is ours
 
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=needs_gpu) for name in KERNEL_FAMILIES])
