@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from gpu_sections.timing import Run, Timed
-from specdec.cuda.graphs import GraphedPasses, GraphPool, GraphRecorders, kernel_copy
+from specdec.cuda.graphs import GraphedPasses, GraphPool, GraphRecorders
 from specdec.cuda.recording import Recorder
+from specdec.engine.attention import attention_copy
 from specdec.engine.causal_lm import CausalLM
 from specdec.hub.catalog import DEFAULT_MODEL
 from specdec.hub.load import load_model
@@ -58,8 +59,8 @@ class Passes:
 
     def kept_bytes(self) -> int:
         """Bytes of the keys and values that a pass has to read."""
-        share = (len(self.row.tokens) - 1) / self.engine._cache.capacity
-        return int(share * sum(t.numel() * t.element_size() for pair in self.engine._cache.pairs if pair for t in pair))
+        share = (len(self.row.tokens) - 1) / self.engine._rows.cache.capacity
+        return int(share * sum(t.numel() * t.element_size() for pair in self.engine._rows.cache.pairs if pair for t in pair))
 
 
 def floor_us(run: Run, model: Any, passes: Passes) -> float:
@@ -74,7 +75,7 @@ def model_steps(run: Run) -> None:
     """An 8B-shaped model with transformers' attention and with ours, both launched step by step."""
     model = llama_shaped(run)
     for context in run.pick((1024, 8192, 32768), (20,)):
-        engines = {"ours": Passes(kernel_copy(model), context), "transformers": Passes(model, context)}
+        engines = {"ours": Passes(attention_copy(model), context), "transformers": Passes(model, context)}
         floor = floor_us(run, model, engines["ours"])
         for nodes in run.pick((1, 16, 64), (5,)):
             methods: Timed = {name: passes.over(nodes) for name, passes in engines.items()}
@@ -94,7 +95,7 @@ def captured_passes(run: Run) -> None:
     """The same pass launched step by step and replayed, for an 8B-shaped model and the default one."""
     recorders = recorders_of(run)
     for name, make in {"8B-shaped": llama_shaped, "default model": default_model}.items():
-        model = kernel_copy(make(run))
+        model = attention_copy(make(run))
         for context in run.pick((1024, 8192, 32768) if make is llama_shaped else (512, 2048), (20,)):
             engines = {"captured": Passes(model, context, recorders), "eager": Passes(model, context)}
             floor = floor_us(run, model, engines["captured"])

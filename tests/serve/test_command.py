@@ -52,7 +52,7 @@ def open_stream(url: str, **fields: Any) -> Any:
 def test_sigterm_lets_streams_finish_and_ends_those_that_take_too_long(tmp_path: Path) -> None:
     """One answer is short and one longer than the grace; both end cleanly, and the process with status 0."""
     model = save(tmp_path / "tiny", make_model(eos=None, max_position_embeddings=8192))
-    options = ("--port", "0", "--grace", "1", "--drafter", "none", "--no-accelerate", "--name", "tiny")
+    options = ("--port", "0", "--grace", "6", "--drafter", "none", "--no-accelerate", "--name", "tiny")
     with process(model, *options) as (ran, url):
         with open_stream(url, max_tokens=8000) as long, open_stream(url, max_tokens=40) as short:
             long.readline()

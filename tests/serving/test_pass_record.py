@@ -19,7 +19,9 @@ def serve(**options: object) -> tuple[list[Completion], list[PassRecord]]:
     passes: list[PassRecord] = []
     settings = RequestSettings(max_new_tokens=14, stop_token_ids=())
     with Engine(tiny(0), drafter="ngram", block_size=SIZE, max_rows=3, on_pass=passes.append, **options) as engine:  # type: ignore[arg-type]
-        return engine.run(PROMPTS, settings), passes
+        with engine._changed:  # no pass before all have come
+            handles = [engine.submit(prompt, settings) for prompt in PROMPTS]
+        return [handle.result(60) for handle in handles], passes
 
 
 @pytest.fixture(scope="module")
