@@ -16,6 +16,7 @@ from mutants import mutated
 from rerun import Rerun
 from tape import Tape, taped_kernels  # noqa: F401
 from torch import Tensor
+from torch.distributions import Distribution
 from zoo import CHAIN, FAMILIES, TREE
 from zoo_rows import accept, deep_tree, generated, make_row, model_of, random_chain, random_tree, scattered_node
 
@@ -140,6 +141,16 @@ def test_replays_equal_ordinary_passes(name: str) -> None:
     assert difference(got, play(CausalLM(model_of(name), **states))) < 10 * FAMILIES[name].tolerance
 
 
+@pytest.fixture
+def checked_distributions() -> Iterator[None]:
+    """Gemma 3n's normal distribution checks its arguments; compiling any model switches that off for good."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(True)
+    yield
+    Distribution.set_default_validate_args(before)
+
+
+@pytest.mark.usefixtures("checked_distributions")
 @pytest.mark.parametrize("name", NOT_RECORDABLE)
 def test_a_model_that_cannot_be_recorded_takes_the_ordinary_path(name: str, caplog: pytest.LogCaptureFixture) -> None:
     lm = recorded(model_of(name))
