@@ -60,7 +60,9 @@ class Passes:
     def kept_bytes(self) -> int:
         """Bytes of the keys and values that a pass has to read."""
         share = (len(self.row.tokens) - 1) / self.engine._rows.cache.capacity
-        return int(share * sum(t.numel() * t.element_size() for pair in self.engine._rows.cache.pairs if pair for t in pair))
+        return int(
+            share * sum(t.numel() * t.element_size() for pair in self.engine._rows.cache.pairs if pair for t in pair)
+        )
 
 
 def floor_us(run: Run, model: Any, passes: Passes) -> float:
