@@ -13,8 +13,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from specdec.cli.details import Details, details, token_texts
-from specdec.cli.text import TextStream
 from specdec.decode import Emission
+from specdec.text import TextStream
 
 PIPE_WIDTH = 160
 ACCEPTED, REJECTED, OWN = "green", "red", "cyan"  # told by signs too, where there is no colour

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from specdec.cli.text import TextStream
 from specdec.stats import Stats
+from specdec.text import TextStream
 
 if TYPE_CHECKING:
     from specdec.decode import Emission

@@ -118,7 +118,7 @@ def bound(
         MissingDataError: there is none of the kind it is drawn from.
     """
     if spec.draw is None:
-        raise MissingDataError(f"measurements of {spec.needs}, which specdec does not have yet")
+        raise MissingDataError(f"measurements of {spec.needs}, of which it is not drawn yet")
     if spec.needs == "workload" and workloads:
         return partial(_first, spec.draw, workloads)
     source: Any = {"trace": trace, "bench": bench or trace, "tuned": tune, "workload": None}[spec.needs]

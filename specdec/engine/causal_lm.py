@@ -226,6 +226,10 @@ class CausalLM:
         """The tokens of ``row`` before its newest that the cache lacks."""
         return row.tokens[self._rows[row].length : -1]
 
+    def num_pending(self, row: Row) -> int:
+        """How many these are."""
+        return max(len(row.tokens) - 1 - self._rows[row].length, 0)
+
     def num_kept(self, row: Row) -> int:
         """How many tokens of ``row`` the cache holds."""
         return self._rows[row].length
@@ -253,7 +257,7 @@ class CausalLM:
         if self.replays and self.replay and rows and not len(self._rows):
             assert isinstance(self._rows, RaggedRows)
             self.replays.give_back(self._rows.cache, self.replay)
-            self._rows = RaggedRows(self._new_cache())
+            self._rows = self._new_rows()
 
     def reset(self) -> None:
         """Forget all rows and free the cache."""

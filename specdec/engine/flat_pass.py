@@ -7,11 +7,12 @@ A slots behind the kept ones, W slots that a row sees, S slots of the pool, h he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from specdec.engine.grouped_attention import grouped_attention
 from specdec.engine.hidden_states import HiddenStates
 from specdec.engine.masks import FULL, MaskStyle
 from specdec.engine.passes import RowPass
-from specdec.engine.shared_prefix import SharedAttention, can_share, find_sharing
+from specdec.engine.shared_prefix import SharedAttention, Sharing, can_share, find_sharing
 from specdec.interfaces import Scores
 
+_NONE: Mapping[int, Tensor] = MappingProxyType({})
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # (1, h, T, D), (1, G, W, D) twice, (1, 1, T, W)
 
 
@@ -91,7 +93,6 @@ class FlatPass:
     _style: MaskStyle | None = None
     _markers: dict[str, Tensor] = field(default_factory=dict)
     _seen: dict[str, list[Seen]] = field(default_factory=dict)
-    _stretches: dict[tuple[int, int, int], slice | Tensor] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[FlatRow]:
@@ -160,26 +161,24 @@ class FlatPass:
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             return grouped_attention(q, k, v, mask, scaling)
 
-        if kind != FULL or not self._sharing or not can_share(query):
-            return self.attend_with(attend, query, key, value, kind)
         parts: dict[int, Tensor] = {}
-        for group in self._sharing:
-            rows, length = group.sharing.rows, group.sharing.length
-            shared = self.rows[rows[0]].slots[:length]
-            own = [self.rows[row].slots[length:] for row in rows]
-            picked = [(_picked(key, slots), _picked(value, slots)) for slots in map(self._stretch, [shared, *own])]
-            parts.update(zip(rows, group(query, picked[0], picked[1:], scaling), strict=True))
-        for i, (row, seen) in enumerate(zip(self.rows, self._seen_by_rows(kind), strict=True)):
-            if i not in parts:
-                own_keys, own_values = _picked(key, seen.slots), _picked(value, seen.slots)
-                parts[i] = attend(query[:, :, row.columns], own_keys, own_values, seen.mask)
-        return torch.cat([parts[i] for i in range(len(parts))], 2)
+        for group in self._sharing if kind == FULL and self._sharing and can_share(query) else ():
+            shared, *own = ((_picked(key, s), _picked(value, s)) for s in (group.shared_slots, *group.own_slots))
+            parts.update(zip(group.sharing.rows, group(query, shared, own, scaling), strict=True))
+        return self.attend_with(attend, query, key, value, kind, parts)
 
-    def attend_with(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, kind: str) -> Tensor:
-        """(1, h, N, D): each row's ``query`` (1, h, T, D) over what it sees of whole buffers (1, G, S, D)."""
+    def attend_with(
+        self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, kind: str, known: Mapping[int, Tensor] = _NONE
+    ) -> Tensor:
+        """(1, h, N, D): each row's ``query`` (1, h, T, D) over what it sees of whole buffers (1, G, S, D).
+
+        Rows whose part (1, h, T, D) is ``known`` already are left out.
+        """
         parts = [
-            attend(query[:, :, row.columns], _picked(key, seen.slots), _picked(value, seen.slots), seen.mask)
-            for row, seen in zip(self.rows, self._seen_by_rows(kind), strict=True)
+            known[i]
+            if i in known
+            else attend(query[:, :, row.columns], _picked(key, seen.slots), _picked(value, seen.slots), seen.mask)
+            for i, (row, seen) in enumerate(zip(self.rows, self._seen_by_rows(kind), strict=True))
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -192,20 +191,18 @@ class FlatPass:
     def _sharing(self) -> list[SharedAttention]:
         """The groups of rows that begin with the same slots."""
         kept = [row_pass.cache_row.length for row_pass in self.row_passes]
-        seen = self._seen_by_rows(FULL)
-        return [
-            SharedAttention(
-                sharing, [self.rows[row].columns for row in sharing.rows], [seen[row].mask for row in sharing.rows]
-            )
-            for sharing in find_sharing(self.slots, kept)
-        ]
+        return [self._shared_attention(sharing) for sharing in find_sharing(self.slots, kept)]
 
-    def _stretch(self, slots: NDArray[np.int64]) -> slice | Tensor:
-        """``slots`` as a slice where they lie side by side."""
-        key = int(slots[0]), int(slots[-1]), len(slots)
-        if key not in self._stretches:
-            self._stretches[key] = as_stretch(slots, self.device)
-        return self._stretches[key]
+    def _shared_attention(self, sharing: Sharing) -> SharedAttention:
+        seen = self._seen_by_rows(FULL)
+        first, *_ = slots = [self.slots[row] for row in sharing.rows]
+        return SharedAttention(
+            sharing,
+            [self.rows[row].columns for row in sharing.rows],
+            [seen[row].mask for row in sharing.rows],
+            as_stretch(first[: sharing.length], self.device),
+            [as_stretch(each[sharing.length :], self.device) for each in slots],
+        )
 
     @cached_property
     def _node_columns(self) -> list[slice]:

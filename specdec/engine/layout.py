@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,35 @@ class Layout(Protocol):
 
     def at_nodes(self, states: Tensor) -> list[Tensor]:
         """Of ``states`` (..., T, H) each row's (n, H) at its new nodes."""
+
+
+RowT = TypeVar("RowT", bound=CacheRow)
+
+
+class OpenRows(Generic[RowT]):
+    """The rows that are open in a cache: what every ``KVRows`` has in common."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self._cache_rows: dict[Row, RowT] = {}
+
+    def __getitem__(self, row: Row) -> RowT:
+        return self._cache_rows[row]
+
+    def __contains__(self, row: Row) -> bool:
+        return row in self._cache_rows
+
+    def __len__(self) -> int:
+        return len(self._cache_rows)
+
+    @property
+    def past_key_values(self) -> Any:
+        """The cache as a transformers model takes it."""
+        return self.cache.past_key_values
+
+    def layer(self, index: int) -> Any:
+        """The cache of one layer, with ``update`` as in transformers."""
+        return self.cache.layers[index]
 
 
 class KVRows(Protocol):

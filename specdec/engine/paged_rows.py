@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.engine.flat_pass import FlatPass
+from specdec.engine.layout import OpenRows
 from specdec.engine.padded_pass import PaddedPass
 from specdec.engine.paged_cache import PagedCache
 from specdec.engine.passes import CacheRow, RowPass
@@ -28,7 +28,7 @@ class PagedRow(CacheRow):
     row: Row = field(kw_only=True)
 
 
-class PagedRows:
+class PagedRows(OpenRows[PagedRow]):
     """The rows of one model or head.
 
     Args:
@@ -57,27 +57,8 @@ class PagedRows:
         self.is_flat, self._is_owner, self._offset = is_flat, is_owner, int(must_follow)
         size = tables.pool.block_size
         self._takes_pages = takes_pages and size & (size - 1) == 0
-        self.cache = PagedCache(num_layers, tables.pool.num_blocks * size, size)
-        self._cache_rows: dict[Row, PagedRow] = {}
+        super().__init__(PagedCache(num_layers, tables.pool.num_blocks * size, size))
         tables.add_store(self)
-
-    def __getitem__(self, row: Row) -> PagedRow:
-        return self._cache_rows[row]
-
-    def __contains__(self, row: Row) -> bool:
-        return row in self._cache_rows
-
-    def __len__(self) -> int:
-        return len(self._cache_rows)
-
-    @property
-    def past_key_values(self) -> Any:
-        """The cache as a transformers model takes it."""
-        return self.cache.past_key_values
-
-    def layer(self, index: int) -> Any:
-        """The cache of one layer, with ``update`` as in transformers."""
-        return self.cache.layers[index]
 
     def open(self, rows: Sequence[Row]) -> None:
         """Begin ``rows`` behind what is known of their texts, all of them or none.

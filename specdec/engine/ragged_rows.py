@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from specdec.engine.cache import Move, RaggedCache
+from specdec.engine.layout import OpenRows
 from specdec.engine.padded_pass import PaddedPass
 from specdec.engine.passes import CacheRow, RowPass, grouped, in_order
 from specdec.interfaces import Row
 
 
-class RaggedRows:
+class RaggedRows(OpenRows[CacheRow]):
     """Rows in lines of ``cache``, one each; lines in use stay together."""
 
     def __init__(self, cache: RaggedCache) -> None:
-        self.cache = cache
-        self._cache_rows: dict[Row, CacheRow] = {}
+        super().__init__(cache)
         self._by_index: list[Row] = []
-
-    def __getitem__(self, row: Row) -> CacheRow:
-        return self._cache_rows[row]
-
-    def __contains__(self, row: Row) -> bool:
-        return row in self._cache_rows
-
-    def __len__(self) -> int:
-        return len(self._cache_rows)
-
-    @property
-    def past_key_values(self) -> Any:
-        """The cache as a transformers model takes it."""
-        return self.cache.past_key_values
-
-    def layer(self, index: int) -> Any:
-        """The cache of one layer, with ``update`` as in transformers."""
-        return self.cache.layers[index]
 
     def open(self, rows: Sequence[Row]) -> None:
         """Give each row a line behind those in use."""

@@ -66,6 +66,8 @@ class SharedAttention:
     sharing: Sharing
     columns: Sequence[slice]
     masks: Sequence[Tensor | None]
+    shared_slots: slice | Tensor  # of the pool, (P,)
+    own_slots: Sequence[slice | Tensor]  # (W,) of each row
     _own_masks: dict[int, Tensor | None] = field(default_factory=dict)
 
     def __call__(

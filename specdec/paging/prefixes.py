@@ -40,6 +40,11 @@ class Edge:
             yield from edges
 
 
+def num_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common prefix."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
 class PrefixTree:
     """Which prefixes are known, in blocks of ``pool``; it becomes the pool's ``reclaim``.
 
@@ -124,7 +129,7 @@ class PrefixTree:
         """The edge below ``edge`` that shares most leading tokens with ``tokens``, and how many these are."""
         best, most = None, 0
         for child in edge.children.get(tokens[0], ()) if tokens else ():
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(child.tokens, tokens, strict=False)))
+            shared = num_shared(child.tokens, tokens)
             if shared > most:
                 best, most = child, shared
         return best, most

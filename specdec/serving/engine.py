@@ -19,6 +19,7 @@ from specdec.checks import whole_number
 from specdec.decode import Decoder
 from specdec.drafters.grammar import guided
 from specdec.engine.kv_memory import make_tables
+from specdec.grammar.compiler import end_tokens
 from specdec.grammar.row import RowGrammar
 from specdec.interfaces import Drafter, Row, Verifier
 from specdec.runtime import Runtime, as_verifier
@@ -29,7 +30,7 @@ from specdec.serving.pass_record import PassRecord
 from specdec.serving.per_request import EachForItself, PerRequest, RequestDrafter, RequestRng, RequestTransform
 from specdec.serving.request import Completion, Delta, FinishReason, RequestSettings
 from specdec.serving.scheduler import Scheduler, UsualPasses
-from specdec.serving.text import TextStream
+from specdec.serving.text import AnswerText
 from specdec.settings import DEFAULTS, Settings
 
 
@@ -132,7 +133,8 @@ class Engine:
             decoder, runtime.target, tables, self._requests, max_rows, plan.max_nodes, token_budget, on_pass
         )
         budget.is_usual = lambda: not self._scheduler.has_prompts
-        self._default_stops = _end_tokens(model)
+        config = runtime.target.model.generation_config
+        self._default_stops = frozenset(end_tokens(config.eos_token_id) if config else ())
         self._keys = count()
         self._inbox: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -256,7 +258,7 @@ class Engine:
         stops = self._default_stops if settings.stop_token_ids is None else frozenset(settings.stop_token_ids)
         if settings.grammar is not None:
             row.grammar = RowGrammar(self._grammars.start(settings.grammar, stops), row.num_prompt)
-        text = TextStream(self.tokenizer, tuple(settings.stop))
+        text = AnswerText(self.tokenizer, tuple(settings.stop))
         cancel = partial(self._cancel, key)
         return Job(row, settings, completion, Handle(completion, cancel), text, stops, time.perf_counter())
 
@@ -319,39 +321,25 @@ class Engine:
                 self._finished[delta.finish_reason] += 1
 
     def _measured(self) -> EngineMetrics:
-        scheduler, tables = self._scheduler, self._scheduler.tables
+        scheduler, tables, filled = self._scheduler, self._scheduler.tables, self._filled()
         return EngineMetrics(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._inbox),
-            kv_blocks_used=len(self._blocks_in_use()),
+            kv_blocks_used=len(filled),
             kv_blocks_total=tables.pool.num_blocks,
-            kv_utilisation=self._utilisation(),
+            kv_utilisation=sum(filled.values()) / (len(filled) * tables.pool.block_size) if filled else 1.0,
             passes=self._target.num_passes,
             preemptions=scheduler.num_preemptions,
             requests_finished=dict(self._finished),
             **self._counts,
         )
 
-    def _blocks_in_use(self) -> set[int]:
-        """Those of running rows."""
-        return {block for job in self._scheduler.running for block in self._scheduler.tables[job.row].blocks}
-
-    def _utilisation(self) -> float:
-        """Tokens that running rows hold / slots of their blocks, each block counted once."""
-        tables, rows = self._scheduler.tables, [job.row for job in self._scheduler.running]
-        blocks = self._blocks_in_use()
-        if not blocks:
-            return 1.0
+    def _filled(self) -> dict[int, int]:
+        """The blocks of running rows, and how many slots of each hold a token."""
+        tables, filled = self._scheduler.tables, dict[int, int]()
         size = tables.pool.block_size
-        filled: dict[int, int] = {}
-        for row in rows:
+        for row in (job.row for job in self._scheduler.running):
             kept = self._target.num_kept(row)
             for i, block in enumerate(tables[row].blocks):
                 filled[block] = max(filled.get(block, 0), min(max(kept - i * size, 0), size))
-        return sum(filled.values()) / (len(blocks) * size)
-
-
-def _end_tokens(model: Any) -> frozenset[int]:
-    """The end-of-sequence tokens of a model's generation config."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return frozenset([ids] if isinstance(ids, int) else ids or ())
+        return filled

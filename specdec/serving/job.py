@@ -14,7 +14,7 @@ from specdec.rng import PhiloxRng
 from specdec.serving.handle import Handle
 from specdec.serving.per_request import RowSettings, transform_for
 from specdec.serving.request import Completion, Delta, FinishReason, RequestSettings, TokenLogprobs
-from specdec.serving.text import TextStream
+from specdec.serving.text import AnswerText
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +25,7 @@ class Job:
     settings: RequestSettings
     completion: Completion
     handle: Handle
-    text: TextStream
+    text: AnswerText
     stop_ids: frozenset[int]
     submitted_at: float
     is_cancelled: bool = False

@@ -42,23 +42,22 @@ class RowSettings:
 
 @dataclass(slots=True)
 class PerRequest:
-    """All of it, by row."""
+    """All of it, by the row's key."""
 
-    of: dict[Row, RowSettings] = field(default_factory=dict)
-    by_key: dict[int, RowSettings] = field(default_factory=dict)
+    of: dict[int, RowSettings] = field(default_factory=dict)
 
     def add(self, row: Row, settings: RowSettings) -> None:
         """Let ``row`` run with ``settings``."""
-        self.of[row] = self.by_key[row.key] = settings
+        self.of[row.key] = settings
 
     def remove(self, row: Row) -> None:
         """Forget ``row``."""
-        del self.of[row], self.by_key[row.key]
+        del self.of[row.key]
 
     def stop(self, row: Row) -> bool:
         """Whether ``row`` ends with its newest token."""
         try:
-            return self.of[row].ends(row)
+            return self.of[row.key].ends(row)
         except Exception as error:
             raise RowFailedError(row) from error
 
@@ -75,7 +74,7 @@ class RequestTransform:
         return GREEDY
 
     def target_probs(self, row: Row, tree: TokenTree, scores: Scores) -> TargetDistributions:
-        return self.requests.of[row].transform.target_probs(row, tree, scores)
+        return self.requests.of[row.key].transform.target_probs(row, tree, scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ class RequestRng:
     requests: PerRequest
 
     def at(self, row: int, position: int) -> RowRng:
-        return self.requests.by_key[row].rng.at(0, position)
+        return self.requests.of[row].rng.at(0, position)
 
 
 @dataclass(slots=True)
@@ -113,7 +112,7 @@ class RequestDrafter(Drafter):
         return self.drafter.is_drawing
 
     def begin(self, rows: Sequence[Row]) -> None:
-        wanted = [row for row in rows if self.requests.of[row].drafts]
+        wanted = [row for row in rows if self.requests.of[row.key].drafts]
         self._begun.update(wanted)  # first: what begins half-way has to end, too
         self.drafter.begin(wanted)
 
@@ -124,7 +123,7 @@ class RequestDrafter(Drafter):
         alike: dict[SamplingParams, list[tuple[Row, Limit]]] = {}
         for row, limit in zip(rows, limits, strict=True):
             if row in self._begun:
-                alike.setdefault(self.requests.of[row].transform.params, []).append((row, limit))
+                alike.setdefault(self.requests.of[row.key].transform.params, []).append((row, limit))
         for own, asked in alike.items():
             proposed = self.drafter.propose([row for row, _ in asked], [limit for _, limit in asked], own, rng)
             trees.update(zip((row for row, _ in asked), proposed, strict=True))

@@ -11,13 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from specdec.budget.adaptive import Budget
 from specdec.decode import Decoder, Emission
 from specdec.engine.causal_lm import CausalLM
 from specdec.errors import OutOfBlocksError
 from specdec.interfaces import Limit, Row, Verdict
+from specdec.paging.prefixes import num_shared
 from specdec.paging.tables import BlockTables
 from specdec.serving.job import Job
 from specdec.serving.pass_record import PassRecord, record_pass
@@ -116,7 +116,8 @@ class Scheduler:
                 return outcome
         except RowFailedError as failed:
             guilty = next(job for job in self.running if job.row is failed.row)
-            self._start_over(guilty)
+            self._leave(guilty)
+            self._restart(list(self.running))
             outcome.failures.append((guilty, failed.__cause__ or failed))
             return outcome
         except OutOfBlocksError:  # a draft model grew more than there was room for
@@ -148,9 +149,9 @@ class Scheduler:
         for job in sorted(self.waiting, key=lambda job: job.rank):
             if len(self.running) >= self.max_rows:
                 return
-            if self._shares_a_prompt_in_work(job):
-                continue  # it will find more of its text in the tree in a moment
             known = self.tables.num_known(job.row.tokens[:-1])
+            if self._shares_a_prompt_in_work(job, known):
+                continue  # it will find more of its text in the tree in a moment
             needed = self.blocks_for(len(job.row.tokens)) - known // self._size
             others = len(self.running) * (self.tables.pool.blocks_for(self.margin) + 1)
             if not self.tables.pool.make_room(needed + others) and self.running:
@@ -176,21 +177,16 @@ class Scheduler:
         for other in self.waiting:
             other.num_passed += other.row.key < job.row.key
 
-    def _shares_a_prompt_in_work(self, job: Job) -> bool:
-        """Whether a running row is about to fill a block of this job's text."""
+    def _shares_a_prompt_in_work(self, job: Job, num_known: int) -> bool:
+        """Whether a running row is about to fill a block of this job's text, of which ``num_known`` tokens are known."""
         if self.tables.tree is None:
             return False
         tokens = job.row.tokens[:-1]
-        for other in self.running:
-            if self._is_prompt_in_work(other):
-                pairs = zip(tokens, other.row.tokens, strict=False)
-                shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-                if shared - self.tables.num_known(tokens) >= self._size:
-                    return True
-        return False
+        others = filter(self._is_prompt_in_work, self.running)
+        return any(num_shared(tokens, other.row.tokens) - num_known >= self._size for other in others)
 
     def _is_prompt_in_work(self, job: Job) -> bool:
-        return len(self.target.pending(job.row)) > 0
+        return self.target.num_pending(job.row) > 0
 
     @property
     def _size(self) -> int:
@@ -228,7 +224,7 @@ class Scheduler:
         room = max(self.token_budget - len(decoding) * (1 + self.max_nodes), self.token_budget // 4, self._size)
         chunks: list[tuple[Job, int]] = []
         for job in in_work:
-            num_pending = len(self.target.pending(job.row))
+            num_pending = self.target.num_pending(job.row)
             if num_pending <= room:
                 decoding.append(job)
             elif room > 0:
@@ -283,7 +279,3 @@ class Scheduler:
         for job in jobs:
             self._leave(job)
             self.waiting.append(job)
-
-    def _start_over(self, guilty: Job) -> None:
-        self._leave(guilty)
-        self._restart(list(self.running))

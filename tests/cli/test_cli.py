@@ -12,8 +12,8 @@ import torch
 
 import specdec
 from specdec.cli.stream import _writer
-from specdec.cli.text import TextStream
 from specdec.settings import DEFAULTS
+from specdec.text import TextStream
 
 
 @pytest.fixture

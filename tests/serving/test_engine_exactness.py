@@ -68,7 +68,7 @@ def test_the_same_request_again_gets_the_same() -> None:
 
 
 def noise_of_the_batch(self: RequestRng, row: int, position: int) -> Any:
-    return self.requests.by_key[row].rng.at(row, position)
+    return self.requests.of[row].rng.at(row, position)
 
 
 def off_by_one_at_a_border(self: BlockTables, row: Any, first: int, last: int) -> Any:
