@@ -80,7 +80,7 @@ def off_by_one_at_a_border(self: BlockTables, row: Any, first: int, last: int) -
 
 def contiguous(self: BlockTables, row: Any, first: int, last: int) -> Any:
     slots = true_slots(self, row, first, last)
-    return slots[:1] + range(len(slots)) if len(slots) else slots
+    return (slots[:1] + range(len(slots))) % (self.pool.num_blocks * self.pool.block_size) if len(slots) else slots
 
 
 def never_moved(self: Any, kept: Any) -> None:
