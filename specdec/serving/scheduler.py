@@ -194,6 +194,7 @@ class Scheduler:
 
     def _plan(self) -> list[Job]:
         """See that there is room, hand out prompt tokens; the jobs that take a step."""
+        self.has_chunks = self.has_prompts = False
         while True:
             decoding, chunks = self._split()
             try:
@@ -202,15 +203,13 @@ class Scheduler:
                 for job in decoding:
                     self.tables.reserve(job.row, len(job.row.tokens) + (self.margin if job.drafts else 1))
             except OutOfBlocksError:
+                last = max(self.running, key=lambda job: job.rank)
                 if len(self.running) > 1:
-                    self._preempt(max(self.running, key=lambda job: job.rank))
-                elif self.running[0].drafts:  # alone there is room for its tokens, if not for its trees
-                    self.running[0].drafts = False
-                    self._restart(list(self.running))
-                    return []
-                else:
-                    raise
-                continue
+                    self._preempt(last)
+                    continue
+                last.drafts = False  # alone there is room for its tokens, if not for its trees
+                self._restart([last])
+                return []
             for job, count in chunks:
                 self.target.queue_prefill(job.row, count)
             self.has_chunks = bool(chunks)
